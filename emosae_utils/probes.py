@@ -1,0 +1,142 @@
+"""What a linear reader can find: probes on the residual stream, and bag of words as their lexical control.
+
+Features come in as [rows, layers, width] at the read-out position. A probe is standardisation and multinomial
+logistic regression with an L2 penalty. Which layer and which penalty are chosen by grouped cross-validation inside the
+rows a probe is fitted on, so the rows it is measured on have no say in it. No group (topic, writer) is ever on both
+sides of a split.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from emosae_utils.files import EmosaeError
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+N_FOLDS = 4
+# Inverse penalties tried for standardised features of a few hundred dimensions and rows.
+PENALTIES: tuple[float, ...] = (0.001, 0.01)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A fitted probe and how it was chosen.
+
+    Attributes:
+        pipeline: the scaler and classifier; predicts class indices from [rows, width].
+        layer: index into the layers axis of the features it was fitted on.
+        penalty: inverse L2 penalty C.
+        curve_L: cross-validated accuracy per layer inside the fitting rows, at the best penalty.
+    """
+
+    pipeline: Pipeline
+    layer: int
+    penalty: float
+    curve_L: Array
+
+    def predict(self, resid_PLD: Array) -> Array:
+        """Class index of each row, [rows]."""
+        predicted: Array = self.pipeline.predict(resid_PLD[:, self.layer])
+        return predicted
+
+
+def grouped_folds(
+    y_P: Array, groups_P: Sequence[Any], n_folds: int = N_FOLDS, seed: int = 0
+) -> Iterator[tuple[Array, Array]]:
+    """Train and test indices of folds balanced over classes, with no group on both sides.
+
+    Raises:
+        EmosaeError: if there are fewer groups than folds.
+    """
+    n_groups = len(set(groups_P))
+    if n_groups < n_folds:
+        raise EmosaeError(f"{n_folds}-fold cross-validation needs {n_folds} groups and the data has {n_groups}")
+    splitter = StratifiedGroupKFold(n_splits=n_folds, shuffle=True, random_state=seed)
+    return iter(splitter.split(np.zeros(len(y_P)), y_P, groups=np.asarray(groups_P)))
+
+
+def _classifier(penalty: float) -> Pipeline:
+    return make_pipeline(StandardScaler(), LogisticRegression(C=penalty, max_iter=200))
+
+
+def _fit(pipeline: Pipeline, x_PD: Array, y_P: Array) -> Pipeline:
+    with warnings.catch_warnings():
+        # A fit stopped at the iteration limit predicts as well as a converged one here.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        fitted: Pipeline = pipeline.fit(x_PD, y_P)
+    return fitted
+
+
+def layer_curve(
+    resid_PLD: Array, y_P: Array, groups_P: Sequence[Any], *, penalty: float = PENALTIES[-1], seed: int = 0
+) -> Array:
+    """Cross-validated accuracy of a probe on each layer, [layers]."""
+    right_LP = np.zeros((resid_PLD.shape[1], len(y_P)))
+    for train, test in grouped_folds(y_P, groups_P, seed=seed):
+        for layer in range(resid_PLD.shape[1]):
+            probe = _fit(_classifier(penalty), resid_PLD[train, layer], y_P[train])
+            right_LP[layer, test] = probe.predict(resid_PLD[test, layer]) == y_P[test]
+    curve_L: Array = right_LP.mean(axis=1)
+    return curve_L
+
+
+def fit_probe(
+    resid_PLD: Array,
+    y_P: Array,
+    groups_P: Sequence[Any],
+    *,
+    penalties: Sequence[float] = PENALTIES,
+    seed: int = 0,
+) -> Probe:
+    """Choose layer and penalty by grouped cross-validation on these rows, then fit on all of them.
+
+    Args:
+        resid_PLD: features [rows, layers, width].
+        y_P: class indices.
+        groups_P: topic or writer of each row.
+        penalties: inverse L2 penalties to choose from.
+        seed: of the fold assignment.
+
+    Raises:
+        EmosaeError: if there are too few groups.
+    """
+    curves_CL = np.array([layer_curve(resid_PLD, y_P, groups_P, penalty=c, seed=seed) for c in penalties])
+    best_c, layer = (int(i) for i in np.unravel_index(int(curves_CL.argmax()), curves_CL.shape))
+    pipeline = _fit(_classifier(penalties[best_c]), resid_PLD[:, layer], y_P)
+    return Probe(pipeline, layer, penalties[best_c], curves_CL[best_c])
+
+
+def shuffled_accuracies(
+    probe: Probe, fit_PLD: Array, y_fit_P: Array, test_PLD: Array, y_test_P: Array, *, n: int, seed: int
+) -> list[float]:
+    """Held-out accuracy of the same probe fitted to shuffled labels, `n` times: what chance gives."""
+    rng = np.random.default_rng(seed)
+    scores = []
+    for _ in range(n):
+        null = _fit(_classifier(probe.penalty), fit_PLD[:, probe.layer], rng.permutation(y_fit_P))
+        scores.append(float((null.predict(test_PLD[:, probe.layer]) == y_test_P).mean()))
+    return scores
+
+
+def bag_of_words(fit_texts: Sequence[str], y_fit_P: Array, test_texts: Sequence[str]) -> Array:
+    """Predictions of a tf-idf word-and-bigram logistic regression: what the words alone give away.
+
+    The penalty is scikit-learn's default, C = 1; words seen in one text only are left out.
+    """
+    model = make_pipeline(
+        TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True), LogisticRegression(C=1.0, max_iter=1000)
+    )
+    predicted: Array = model.fit(list(fit_texts), y_fit_P).predict(list(test_texts))
+    return predicted
