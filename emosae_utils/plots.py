@@ -43,15 +43,19 @@ RUNG_LABELS = {RAW: "raw\nanswer", CALIBRATED: "prior-\ncalibrated", PROBE: "res
 
 
 def with_intervals(table: pd.DataFrame, rows: Sequence[str], columns: str, *, signed: bool = False) -> pd.DataFrame:
-    """A table to read: "0.31 [0.27, 0.35]" from value, low and high, spread over `columns`, in the order given."""
+    """A table to read: "0.31 [0.27, 0.35]" from value, low and high, spread over `columns`."""
     sign = "+" if signed else ""
     cells = [
         f"{value:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]"
         for value, low, high in table[["value", "low", "high"]].to_numpy(dtype=float)
     ]
-    wide = table.assign(cell=cells).pivot_table(
-        index=list(rows), columns=columns, values="cell", aggfunc="first", sort=False
+    # Methods and emotions in the book's order, everything else by name.
+    orders = {"method": METHOD_ORDER, "emotion": tuple(COLOURS)}
+    ranked = {c: pd.Categorical(table[c], categories=orders[c]) for c in rows if c in orders}
+    wide = table.assign(cell=cells, **ranked).pivot_table(
+        index=list(rows), columns=columns, values="cell", aggfunc="first", observed=True
     )
+    wide = wide[list(dict.fromkeys(table[columns]))].fillna("")
     wide.columns.name = None
     return wide
 
@@ -171,7 +175,8 @@ def methods(metrics: pd.DataFrame, datasets: Sequence[str], models: Sequence[str
         ax.set_xlim(0, max(0.8, float(shown["high"].max()) + 0.03))
         ax.set_xlabel("macro-F1")
         ax.set_title(dataset)
-    axes[0][-1].legend(loc="lower right", frameon=True, fontsize=8)
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=9)
     return figure
 
 

@@ -176,6 +176,17 @@ def test_parameters_of_the_command_are_yaml() -> None:
         cli._parameters([], ["just words"])
 
 
+@pytest.mark.parametrize("name", ["data", "runs"])
+def test_notebooks_run_by_plain_papermill(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "papermill", str(BOOK / f"{name}.ipynb"), str(tmp_path / "out.ipynb")]
+    parameters = ["-p", "bootstraps", "20"] if name == "data" else []
+    done = subprocess.run([*command, *parameters, "--cwd", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert nbformat.read(tmp_path / "out.ipynb", 4).metadata["papermill"]["exception"] is None
+    if name == "data":
+        assert files.read_json(tmp_path / "results" / "data" / "checks.json")["texts_naming_an_emotion"] == 0
+
+
 def test_the_package_runs_as_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "emosae_utils", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "run" in done.stdout and "doctor" in done.stdout
