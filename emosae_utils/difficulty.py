@@ -46,7 +46,7 @@ class Settings:
     """How a measurement is made. One seed draws rows, exemplars, folds and bootstrap samples alike."""
 
     rows_per_emotion: int = 150
-    fit_rows_per_emotion: int = 150
+    fit_rows_per_emotion: int = 230
     template: str = scoring.DEFAULT_TEMPLATE
     template_rows_per_emotion: int = 24
     few_shot_per_emotion: int = 1
@@ -390,17 +390,28 @@ def confusion_table(predictions: pd.DataFrame) -> pd.DataFrame:
     return kept.groupby(keys, as_index=False)["weight"].sum().rename(columns={"weight": "count"})
 
 
+def _standardised(resid_PLD: Array, reference_PLD: Array) -> Array:
+    """Residuals with the mean and spread of each layer's dimensions in the reference rows taken out."""
+    spread_LD = reference_PLD.std(axis=0)
+    standardised: Array = (resid_PLD - reference_PLD.mean(axis=0)) / np.where(spread_LD > 0, spread_LD, 1.0)
+    return standardised
+
+
 def transfer(source: Measured, source_rows: Rows, target: Measured, target_rows: Rows, seed: int = 0) -> pd.DataFrame:
     """Predictions for the held-out rows of one dataset by a probe fitted on another dataset's discovery rows.
 
-    Only emotions that both datasets have are used.
+    Each dataset is standardised by the mean and spread of its own discovery rows, without their labels: genres differ
+    by a shift of the residual stream that has nothing to do with emotion. Only emotions that both datasets have are
+    used.
     """
     labels = tuple(e for e in label_set(source_rows) if e in label_set(target_rows))
     fit_in = source_rows.fit["emotion"].isin(labels).to_numpy()
     test_in = target_rows.measure["emotion"].isin(labels).to_numpy()
     fit, test = source_rows.fit[fit_in], target_rows.measure[test_in]
-    probe = probes.fit_probe(source.fit_PLD[fit_in], gold_indices(fit, labels), fit["group"], seed=seed)
-    said = _said(test, labels, probe.predict(target.measure_PLD[test_in]), method=PROBE, variant=source_rows.dataset)
+    known_PLD = _standardised(source.fit_PLD, source.fit_PLD)[fit_in]
+    probe = probes.fit_probe(known_PLD, gold_indices(fit, labels), fit["group"], seed=seed)
+    pred_P = probe.predict(_standardised(target.measure_PLD, target.fit_PLD)[test_in])
+    said = _said(test, labels, pred_P, method=PROBE, variant=source_rows.dataset)
     return said.assign(dataset=target_rows.dataset, model=source.predictions["model"].iloc[0])
 
 
