@@ -56,7 +56,7 @@ class Chapter:
     """A notebook of `book/` with the parameters that a profile gives it."""
 
     notebook: str
-    parameters: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def source(self) -> Path:
@@ -238,7 +238,7 @@ def _execute(chapter: Chapter, parameters: Mapping[str, Any], folder: Path, kept
 def run_chapter(
     chapter: Chapter, profile: str, given: Mapping[str, Any], earlier: Sequence[str], *, force: bool = False
 ) -> tuple[str, float | None]:
-    """Run one chapter unless a current run of it is there.
+    """Run one chapter with the parameters `given` unless a current run of it is there.
 
     Returns:
         The run's key, and the seconds it took; None if it was current.
@@ -246,7 +246,7 @@ def run_chapter(
     Raises:
         EmosaeError: for bad parameters, an unknown model, or a notebook that stops; earlier runs are left as they were.
     """
-    parameters = resolve_parameters(chapter.source, {**chapter.parameters, **given})
+    parameters = resolve_parameters(chapter.source, given)
     key = _key(chapter, {k: v for k, v in parameters.items() if k not in PLACES}, earlier)
     folder = runs_dir(profile) / chapter.notebook
     if not force and is_current(folder, key):
@@ -292,7 +292,7 @@ def run_profile(
     Args:
         profile: name of a run profile.
         only: chapters to run; all if empty.
-        given: parameters for every chapter that is run; each must have them.
+        given: parameters; each goes to those of the chosen chapters that have it, and at least one must.
         force: run even what is current.
         say: receives one line per chapter.
 
@@ -305,9 +305,13 @@ def run_profile(
     for name in only:
         pick(f"chapter of profile {profile}", name, names)
     chosen = [c for c in chapters if not only or c.notebook in only]
-    for chapter in chosen:
-        parameters = resolve_parameters(chapter.source, {**chapter.parameters, **(given or {})})
-        for name in _model_names(parameters):
+    given = given or {}
+    own = {chapter: set(default_parameters(chapter.source)) for chapter in chosen}
+    for name in given:
+        pick(f"parameter of {', '.join(c.notebook for c in chosen)}", name, set().union(*own.values()))
+    asked = {c: {**c.parameters, **{k: v for k, v in given.items() if k in own[c]}} for c in chosen}
+    for chapter, parameters in asked.items():
+        for name in _model_names(resolve_parameters(chapter.source, parameters)):
             model_profile(name)
     keys: list[str] = []
     for chapter in chapters:
@@ -316,7 +320,7 @@ def run_profile(
             keys.append(read_json(record)["key"] if record.is_file() else "")
             continue
         say(f"{chapter.notebook}: running")
-        key, seconds = run_chapter(chapter, profile, given or {}, keys, force=force)
+        key, seconds = run_chapter(chapter, profile, asked[chapter], keys, force=force)
         keys.append(key)
         say(f"{chapter.notebook}: up to date" if seconds is None else f"{chapter.notebook}: done in {seconds:.0f} s")
 

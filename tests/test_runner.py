@@ -125,9 +125,22 @@ def test_everything_is_checked_before_anything_runs(project: Path) -> None:
         runner.run_profile("defualt")
     with pytest.raises(EmosaeError, match="unknown chapter of profile default 'tinny'; did you mean 'tiny'"):
         runner.run_profile("default", only=["tinny"])
-    with pytest.raises(EmosaeError, match="unknown parameter"):
-        runner.run_profile("default", given={"nope": 1})
+    with pytest.raises(EmosaeError, match="unknown parameter of tiny 'shar'; did you mean 'share'"):
+        runner.run_profile("default", given={"shar": 1})
+    with pytest.raises(EmosaeError, match="share of tiny takes float, got str"):
+        runner.run_profile("default", given={"share": "much"})
     assert not (project / "runs").exists()
+
+
+def test_a_parameter_goes_to_the_chapters_that_have_it(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook(project, WRITES)
+    (project / "book" / "tiny.ipynb").rename(project / "book" / "second.ipynb")
+    notebook(project, "from pathlib import Path\nPath(out_dir, 'result.txt').write_text(f'{n}')", parameters="n = 1")
+    monkeypatch.setattr(runner, "profiles", lambda: {"default": (Chapter("tiny"), Chapter("second", {"n": 4}))})
+    runner.run_profile("default", given={"name": "b"})
+    folder = project / "runs" / "default"
+    assert (folder / "tiny" / "result.txt").read_text() == "1"
+    assert (folder / "second" / "result.txt").read_text() == "4 b 0.5 ['x']"
 
 
 def test_profiles_name_notebooks_and_parameters_that_exist() -> None:
