@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
 import typer
 import yaml
 
@@ -50,7 +52,10 @@ def run(
     for name in runner.needed_models(profile):
         typer.echo(f"fetching the weights of {name}")
         models.ensure_weights(name, fetch=True)
-    runner.run_profile(profile, only=chapters or (), given=given, force=force, say=typer.echo)
+    try:
+        runner.run_profile(profile, only=chapters or (), given=given, force=force, say=typer.echo)
+    except KeyboardInterrupt:
+        _stop()
 
 
 @app.command()
@@ -140,15 +145,22 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """Run the command; errors a user can act on are one line, and Ctrl-C keeps what is finished."""
+    """Run the command; errors a user can act on are one line."""
     try:
         app()
     except EmosaeError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("stopped; finished chapters are kept, the same command goes on from there", err=True)
-        sys.exit(130)
+
+
+def _stop() -> None:
+    """End after Ctrl-C: the kernel first, then this process, before its event loop reports a torn connection."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+    sys.stderr.write("stopped; finished chapters are kept, the same command goes on from there\n")
+    sys.stderr.flush()
+    os._exit(130)
 
 
 if __name__ == "__main__":

@@ -219,8 +219,8 @@ def _execute(chapter: Chapter, parameters: Mapping[str, Any], folder: Path, kept
                 kernel_name="python3",
                 progress_bar=not quiet,
                 log_output=False,
-                # The kernel listens on this machine only; its warning about that would be repeated for every chapter.
-                extra_arguments=["--log-level=ERROR"],
+                # What goes wrong in a cell comes back with the notebook; the kernel's own log would only repeat it.
+                extra_arguments=["--log-level=CRITICAL"],
             )
     except (PapermillExecutionError, DeadKernelError) as error:
         kept.parent.mkdir(parents=True, exist_ok=True)
