@@ -49,8 +49,8 @@ def run(
 ) -> None:
     """Run chapters with papermill; what is up to date is skipped."""
     given = _parameters(p or [], y or [])
-    for name in runner.needed_models(profile):
-        typer.echo(f"fetching the weights of {name}")
+    for name in runner.unprepared_models(profile):
+        typer.echo(f"{name}: preparing its weights, once")
         models.ensure_weights(name, fetch=True)
     try:
         runner.run_profile(profile, only=chapters or (), given=given, force=force, say=typer.echo)

@@ -7,7 +7,9 @@ ever loaded: no pickle, no remote code.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import subprocess
@@ -169,6 +171,11 @@ def is_installed(profile: ModelProfile) -> bool:
     return isinstance(try_to_load_from_cache(profile.base, "config.json"), str)
 
 
+def is_prepared(profile: ModelProfile) -> bool:
+    """Whether a packaged model lies converted and unaltered in the cache; other models need no preparation."""
+    return profile.source != "package" or check_manifest(_converted_dir(profile)) is None
+
+
 def _join(parts: list[Path], profile: ModelProfile, target: Path) -> None:
     with target.open("wb") as out:
         for part in parts:
@@ -204,7 +211,8 @@ def _convert(profile: ModelProfile, parts: list[Path], folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+    # The converter draws a bar of its own that no setting turns off.
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, contextlib.redirect_stderr(io.StringIO()):
         _join(parts, profile, Path(scratch) / "model.gguf")
         tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file="model.gguf")
         model = AutoModelForCausalLM.from_pretrained(

@@ -41,7 +41,7 @@ from emosae_utils.files import (
     write_json,
     write_manifest,
 )
-from emosae_utils.models import is_installed, model_profile
+from emosae_utils.models import is_prepared, model_profile
 
 Say = Callable[[str], None]
 
@@ -325,14 +325,14 @@ def run_profile(
         say(f"{chapter.notebook}: up to date" if seconds is None else f"{chapter.notebook}: done in {seconds:.0f} s")
 
 
-def needed_models(profile: str) -> list[str]:
-    """Packaged models that a profile's chapters use and that are not installed yet."""
+def unprepared_models(profile: str) -> list[str]:
+    """Packaged models that a profile's chapters use and that are not in the cache yet."""
     known = profiles()
     names: dict[str, None] = {}
     for chapter in known[pick("profile", profile, known)]:
         for name in _model_names(resolve_parameters(chapter.source, chapter.parameters)):
             names[name] = None
-    return [n for n in names if model_profile(n).source == "package" and not is_installed(model_profile(n))]
+    return [name for name in names if not is_prepared(model_profile(name))]
 
 
 def _stage(executed: Path, target: Path) -> None:
