@@ -72,7 +72,7 @@ class Measured:
 
     Attributes:
         predictions: one row per (method, variant, row_id) with gold and pred.
-        scores: label scores of the default template, one row per row_id, nats.
+        scores: label scores and gold logit difference of the default template, one row per row_id, nats.
         prior_E: mean content-free label scores, nats.
         neutral_E: mean label scores on neutral discovery texts, nats; None where there are none.
         probe: the fitted probe.
@@ -199,6 +199,7 @@ def with_model(lm: LM, rows: Rows, settings: Settings, neutral: pd.DataFrame | N
         *_templates(lm, rows, labels, settings),
     ]
     scores = base[["row_id", "emotion"]].assign(**{e: held.scores_PE[:, i] for i, e in enumerate(labels)})
+    scores["gold_logit_difference"] = scoring.gold_logit_difference(held.scores_PE, y)
     predictions = pd.concat(tables, ignore_index=True).assign(dataset=rows.dataset, model=lm.name)
     return Measured(
         predictions,
@@ -500,7 +501,7 @@ def curve_table(study: Study) -> pd.DataFrame:
     """Probe accuracy over layers, cross-validated inside the discovery rows.
 
     Columns: dataset, model, layer, n_layers, accuracy, chosen, chance (share of the largest class), null (mean
-    held-out accuracy of the chosen probe on shuffled labels), null_max.
+    held-out accuracy of the chosen probe on shuffled labels), null_max, null_p (permutation p of its real accuracy).
     """
     tables = []
     for (model, dataset), measured in study.measured.items():
@@ -509,7 +510,9 @@ def curve_table(study: Study) -> pd.DataFrame:
         layers = np.arange(len(probe.curve_L))
         table = pd.DataFrame({"layer": layers, "accuracy": probe.curve_L, "chosen": layers == probe.layer})
         null = measured.null_accuracies or [float("nan")]
-        key = {"dataset": dataset, "model": model, "n_layers": len(layers), "chance": chance}
+        said = measured.predictions[measured.predictions["method"] == PROBE]
+        p = stats.permutation_p(float((said["gold"] == said["pred"]).mean()), measured.null_accuracies)
+        key = {"dataset": dataset, "model": model, "n_layers": len(layers), "chance": chance, "null_p": p}
         tables.append(table.assign(**key, null=float(np.mean(null)), null_max=float(np.max(null))))
     return pd.concat(tables, ignore_index=True)
 

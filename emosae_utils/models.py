@@ -11,7 +11,6 @@ import contextlib
 import importlib.util
 import io
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -383,15 +382,3 @@ def decoder_layers(root: Any) -> Any:
         if found is not None:
             return found
     raise EmosaeError("this architecture keeps its residual blocks in an unknown place; add it to decoder_layers")
-
-
-def threads() -> int:
-    """CPU threads used for arithmetic; recorded with every run."""
-    import torch
-
-    return torch.get_num_threads()
-
-
-def offline() -> bool:
-    """Whether the user has forbidden hub access."""
-    return os.environ.get("HF_HUB_OFFLINE", "") in {"1", "true", "TRUE"}
