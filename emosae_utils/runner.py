@@ -119,6 +119,17 @@ def _model_names(parameters: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys([*names, *parameters.get("compare_with", [])]))
 
 
+def _absolute(value: Any) -> Any:
+    """A user's own file or model folder by its full path, since a chapter runs in a folder of its own."""
+    if isinstance(value, list):
+        return [_absolute(item) for item in value]
+    if isinstance(value, str) and value:
+        path = Path(value).expanduser()
+        if (path.suffix and path.is_file()) or (path / "config.json").is_file():
+            return str(path.resolve())
+    return value
+
+
 def _data_state() -> dict[str, str]:
     """What data a chapter could see: checksums of the embedded sets, and which public sets are there.
 
@@ -144,6 +155,20 @@ def _package_digest() -> str:
     return sha256_text(*(f"{p.name} {sha256_file(p)}" for p in files))
 
 
+def _own_files(parameters: Mapping[str, Any]) -> list[str]:
+    """The state of a user's own files and model folders among the parameters, so that an edited one is run anew."""
+    state = []
+    for value in parameters.values():
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, str) and item and Path(item).is_absolute():
+                path = Path(item)
+                if path.is_file():
+                    state.append(f"{item} {sha256_file(path)}")
+                elif path.is_dir():
+                    state += [f"{p} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in sorted(path.iterdir())]
+    return state
+
+
 def _key(chapter: Chapter, parameters: Mapping[str, Any], earlier: Sequence[str]) -> str:
     """A digest of everything a chapter's result depends on."""
     models = [model_profile(name) for name in _model_names(parameters)]
@@ -153,6 +178,7 @@ def _key(chapter: Chapter, parameters: Mapping[str, Any], earlier: Sequence[str]
         _package_digest(),
         repr(sorted(_versions().items())),
         repr(sorted(_data_state().items())),
+        repr(_own_files(parameters)),
         repr([(p.name, p.gguf_sha256, p.base) for p in models]),
         *earlier,
     )
@@ -236,7 +262,13 @@ def _execute(chapter: Chapter, parameters: Mapping[str, Any], folder: Path, kept
 
 
 def run_chapter(
-    chapter: Chapter, profile: str, given: Mapping[str, Any], earlier: Sequence[str], *, force: bool = False
+    chapter: Chapter,
+    profile: str,
+    given: Mapping[str, Any],
+    earlier: Sequence[str],
+    *,
+    force: bool = False,
+    say: Say = lambda line: None,
 ) -> tuple[str, float | None]:
     """Run one chapter with the parameters `given` unless a current run of it is there.
 
@@ -251,6 +283,7 @@ def run_chapter(
     folder = runs_dir(profile) / chapter.notebook
     if not force and is_current(folder, key):
         return key, None
+    say(f"{chapter.notebook}: running")
     started, memory = datetime.datetime.now(datetime.UTC), _PeakMemory()
     clock = time.perf_counter()
     with atomic_folder(folder) as temporary:
@@ -305,7 +338,7 @@ def run_profile(
     for name in only:
         pick(f"chapter of profile {profile}", name, names)
     chosen = [c for c in chapters if not only or c.notebook in only]
-    given = given or {}
+    given = {name: _absolute(value) for name, value in (given or {}).items()}
     own = {chapter: set(default_parameters(chapter.source)) for chapter in chosen}
     for name in given:
         pick(f"parameter of {', '.join(c.notebook for c in chosen)}", name, set().union(*own.values()))
@@ -319,8 +352,7 @@ def run_profile(
             record = runs_dir(profile) / chapter.notebook / "run.json"
             keys.append(read_json(record)["key"] if record.is_file() else "")
             continue
-        say(f"{chapter.notebook}: running")
-        key, seconds = run_chapter(chapter, profile, asked[chapter], keys, force=force)
+        key, seconds = run_chapter(chapter, profile, asked[chapter], keys, force=force, say=say)
         keys.append(key)
         say(f"{chapter.notebook}: up to date" if seconds is None else f"{chapter.notebook}: done in {seconds:.0f} s")
 

@@ -143,6 +143,20 @@ def test_a_parameter_goes_to_the_chapters_that_have_it(project: Path, monkeypatc
     assert (folder / "second" / "result.txt").read_text() == "4 b 0.5 ['x']"
 
 
+def test_own_files_are_found_from_the_folder_of_a_run(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook(project, WRITES, parameters='n = 1\nname = "a"\nshare = 0.5\nmany = ["x"]')
+    (project / "mine.csv").write_text("text,emotion\n")
+    monkeypatch.chdir(project)
+    runner.run_profile("default", given={"many": ["mine.csv", "emoscenes", "none.csv"]})
+    written = (project / "runs" / "default" / "tiny" / "result.txt").read_text()
+    assert written == f"1 a 0.5 {[str(project / 'mine.csv'), 'emoscenes', 'none.csv']}"
+    said: list[str] = []
+    for content, expected in (("text,emotion\n", "up to date"), ("text,emotion\na b c,joy\n", "done in")):
+        (project / "mine.csv").write_text(content)
+        runner.run_profile("default", given={"many": ["mine.csv", "emoscenes", "none.csv"]}, say=said.append)
+        assert expected in said[-1]
+
+
 def test_profiles_name_notebooks_and_parameters_that_exist() -> None:
     for chapters in runner.profiles().values():
         for chapter in chapters:
