@@ -15,8 +15,9 @@ import psutil
 import typer
 import yaml
 
-from emosae_utils import data, files, models, runner
+from emosae_utils import data, files, models, runner, training
 from emosae_utils.files import EmosaeError
+from emosae_utils.training import TrainConfig
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 
@@ -92,6 +93,55 @@ def fetch(names: Annotated[list[str], typer.Argument(help="models or datasets")]
         else:
             folder = models.ensure_weights(name, fetch=True)
             typer.echo(f"{name}: {folder or 'fetched by transformers when it is first loaded'}")
+
+
+@app.command("train-saes")
+def train_saes(
+    model: Annotated[str, typer.Option(help="a registry name, a Hugging Face id or a local folder")],
+    out: Annotated[Path | None, typer.Option(help="where the dictionaries go; runs/saes/<model> by default")] = None,
+    work: Annotated[Path | None, typer.Option(help="scratch folder; the same folder resumes")] = None,
+    layers: Annotated[str, typer.Option(help="blocks, as in 0,5,11; all by default")] = "",
+    corpus: Annotated[str, typer.Option(help="a text file, or a corpus on the hub; else EMOSAE_DATA_DIR")] = "",
+    architecture: Annotated[str, typer.Option(help="a training architecture of sae-lens")] = TrainConfig.architecture,
+    d_sae: Annotated[int, typer.Option(help="latents before pruning")] = TrainConfig.d_sae,
+    k: Annotated[int, typer.Option(help="active latents, for the top-k architectures")] = TrainConfig.k,
+    positions: Annotated[int, typer.Option(help="positions seen in training")] = TrainConfig.positions,
+    lr: Annotated[float, typer.Option(help="learning rate")] = TrainConfig.lr,
+    seed: Annotated[int, typer.Option(help="of the data order and the first weights")] = TrainConfig.seed,
+    prompts: Annotated[int, typer.Option(help="different emotion prompts in the mix")] = 100_000,
+    running: Annotated[int, typer.Option(help="positions of running text in the mix")] = 110_000,
+    layers_at_once: Annotated[int, typer.Option(help="layers on the disk together; all if 0")] = 0,
+    transfer: Annotated[bool, typer.Option(help="start each layer from the one before")] = True,
+    keep: Annotated[bool, typer.Option(help="leave the activations on disk")] = False,
+    dtype: Annotated[str | None, typer.Option(help="arithmetic of the model")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or auto")] = "auto",
+) -> None:
+    """Train one sparse autoencoder per layer; the same command resumes after a stop."""
+    config = TrainConfig(architecture=architecture, d_sae=d_sae, k=k, positions=positions, lr=lr, seed=seed)
+    chosen = [int(x) for x in layers.split(",")] if layers else None
+    lm = models.load_model(model, dtype=dtype, device=device, fetch=True)
+    name = lm.name.replace("/", "--")
+    target = out or files.repo_dir() / "runs" / "saes" / name
+    scratch = work or files.cache_dir() / "training" / name
+    try:
+        training.train_dictionaries(
+            lm,
+            target,
+            scratch,
+            layers=chosen,
+            config=config,
+            n_prompts=prompts,
+            n_running=running,
+            corpus=corpus,
+            layers_at_once=layers_at_once,
+            transfer=transfer,
+            keep_harvest=keep,
+            say=typer.echo,
+        )
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command goes on from there", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(f"the dictionaries: {target} (give this folder to a chapter as its parameter saes)")
 
 
 def _lock_differences() -> list[str]:

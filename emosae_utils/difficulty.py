@@ -3,10 +3,10 @@
 A model that misses an emotion may fail for four different reasons. The *difficulty ladder* measures the same held-out
 rows one rung at a time and reads the reasons off the steps between the rungs:
 
-    raw recall -> prior-calibrated recall -> probe on the residual stream -> human readers
-      (label prior)                (read-out)                        (data)
+    raw recall -> prior-calibrated recall -> probe on the residual stream -> probe on SAE codes -> human readers
+      (label prior)                (read-out)                       (dictionary)             (data)
 
-The dictionary rung (a probe on SAE codes) stands between the probe and the readers once there are SAEs. Everything
+The dictionary rung is there for models with dictionaries; it reads the layer that the residual probe chose. Everything
 that is fitted (probes, bag of words) or shown (few-shot exemplars) comes from the discovery split; everything that is
 reported is measured on the other two splits.
 """
@@ -22,21 +22,23 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from emosae_utils import probes, scoring, stats
 from emosae_utils.data import EMOTIONS, cards, is_present, load_corpus, reader_annotations
 from emosae_utils.files import EmosaeError, write_json, write_table
 from emosae_utils.models import LM, load_model
+from emosae_utils.saes import available_layers, load_dictionaries
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 MAJORITY, WORDS, RAW, CALIBRATED = "majority", "bag of words", "raw", "calibrated"
 FEW_SHOT, FEW_SHOT_CALIBRATED = "few-shot", "few-shot calibrated"
-PROBE, READER, VOTE = "probe", "one reader", "readers' vote"
+PROBE, CODES, READER, VOTE = "probe", "code probe", "one reader", "readers' vote"
 TEMPLATE_RAW, TEMPLATE_CALIBRATED = "template raw", "template calibrated"
-RUNGS: tuple[str, ...] = (RAW, CALIBRATED, PROBE, READER)
+RUNGS: tuple[str, ...] = (RAW, CALIBRATED, PROBE, CODES, READER)
 # What the step up to a rung says about the failure that it removes.
-STEP_NAMES: dict[str, str] = {CALIBRATED: "label prior", PROBE: "read-out", READER: "data"}
+STEP_NAMES: dict[str, str] = {CALIBRATED: "label prior", PROBE: "read-out", CODES: "dictionary", READER: "data"}
 # Methods that read the text without the model: the same for every model.
 MODEL_FREE = (MAJORITY, WORDS, READER, VOTE)
 
@@ -195,6 +197,7 @@ def with_model(lm: LM, rows: Rows, settings: Settings, neutral: pd.DataFrame | N
         _said(base, labels, scoring.predict(held.scores_PE), method=RAW, variant=""),
         _said(base, labels, scoring.predict(held.scores_PE - prior_E), method=CALIBRATED, variant=""),
         _said(base, labels, probe.predict(held.resid_PLD), method=PROBE, variant=""),
+        *_codes(lm, rows, labels, probe.layer, fit.resid_PLD, held.resid_PLD, settings),
         *_few_shot(lm, rows, labels, settings),
         *_templates(lm, rows, labels, settings),
     ]
@@ -212,6 +215,19 @@ def with_model(lm: LM, rows: Rows, settings: Settings, neutral: pd.DataFrame | N
         held.resid_PLD,
         held.notes,
     )
+
+
+def _codes(
+    lm: LM, rows: Rows, labels: Sequence[str], layer: int, fit_PLD: Array, held_PLD: Array, settings: Settings
+) -> list[pd.DataFrame]:
+    """What a probe finds in the dictionary's code of the residual probe's layer; nothing without a dictionary."""
+    if layer not in available_layers(lm):
+        return []
+    dictionary = load_dictionaries(lm, layers=[layer], check=False)[layer]
+    fit_PF, held_PF = (dictionary.encode(torch.from_numpy(x[:, layer])).cpu().numpy() for x in (fit_PLD, held_PLD))
+    y_P, groups = gold_indices(rows.fit, labels), rows.fit["group"]
+    probe = probes.fit_probe(fit_PF[:, None], y_P, groups, penalties=probes.CODE_PENALTIES, seed=settings.seed)
+    return [_said(rows.measure, labels, probe.predict(held_PF[:, None]), method=CODES, variant="")]
 
 
 def _few_shot(lm: LM, rows: Rows, labels: Sequence[str], settings: Settings) -> list[pd.DataFrame]:
@@ -313,8 +329,8 @@ def metrics_table(predictions: pd.DataFrame, settings: Settings) -> pd.DataFrame
 def ladder_table(predictions: pd.DataFrame, settings: Settings) -> pd.DataFrame:
     """The steps of the difficulty ladder: recall gained from one rung to the next, with paired intervals.
 
-    Columns: dataset, model, emotion, step (label prior, read-out, data), value, low, high (share of rows, positive
-    where the higher rung finds more).
+    Columns: dataset, model, emotion, step (label prior, read-out, dictionary, data), value, low, high (share of rows,
+    positive where the higher rung finds more).
     """
     records: list[dict[str, Any]] = []
     for dataset, said in _held_out(predictions):
@@ -362,12 +378,14 @@ def tests_table(predictions: pd.DataFrame, settings: Settings) -> pd.DataFrame:
     Columns: dataset, model, comparison, metric (macro_f1), value, low, high (difference), p (exact McNemar on
     accuracy), p_holm.
     """
-    pairs = ((CALIBRATED, RAW), (PROBE, CALIBRATED), (PROBE, WORDS), (RAW, MAJORITY))
+    pairs = ((CALIBRATED, RAW), (PROBE, CALIBRATED), (CODES, PROBE), (PROBE, WORDS), (RAW, MAJORITY))
     records: list[dict[str, Any]] = []
     for dataset, said in _held_out(predictions):
         pool = _pool(said, settings)
         for model in sorted(set(said["model"]) - {""}):
             for better, base in pairs:
+                if (model, better, "") not in pool.counts:
+                    continue
                 first = said[(said["model"] == model) & (said["method"] == better)].set_index("row_id")
                 owner = "" if base in MODEL_FREE else model
                 second = said[(said["model"] == owner) & (said["method"] == base)].set_index("row_id").loc[first.index]

@@ -17,7 +17,18 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from emosae_utils.difficulty import CALIBRATED, FEW_SHOT, FEW_SHOT_CALIBRATED, MAJORITY, PROBE, RAW, READER, VOTE, WORDS
+from emosae_utils.difficulty import (
+    CALIBRATED,
+    CODES,
+    FEW_SHOT,
+    FEW_SHOT_CALIBRATED,
+    MAJORITY,
+    PROBE,
+    RAW,
+    READER,
+    VOTE,
+    WORDS,
+)
 
 COLOURS: dict[str, str] = {
     "anger": "#D55E00",
@@ -38,8 +49,14 @@ MARKERS: dict[str, str] = {
     "neutral": "X",
 }
 # From the least informed method to the best informed one, as the figures list them.
-METHOD_ORDER = (MAJORITY, WORDS, RAW, FEW_SHOT, CALIBRATED, FEW_SHOT_CALIBRATED, PROBE, READER, VOTE)
-RUNG_LABELS = {RAW: "raw\nanswer", CALIBRATED: "prior-\ncalibrated", PROBE: "residual\nprobe", READER: "one\nreader"}
+METHOD_ORDER = (MAJORITY, WORDS, RAW, FEW_SHOT, CALIBRATED, FEW_SHOT_CALIBRATED, PROBE, CODES, READER, VOTE)
+RUNG_LABELS = {
+    RAW: "raw\nanswer",
+    CALIBRATED: "prior-\ncalibrated",
+    PROBE: "residual\nprobe",
+    CODES: "code\nprobe",
+    READER: "one\nreader",
+}
 
 
 def with_intervals(table: pd.DataFrame, rows: Sequence[str], columns: str, *, signed: bool = False) -> pd.DataFrame:
@@ -259,4 +276,91 @@ def lengths(frame: pd.DataFrame) -> Figure:
     )  # fmt: skip
     ax.set_xlabel("")
     ax.set_ylabel("words per text")
+    return figure
+
+
+MODEL_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#A6518A")
+
+
+def _over_depth(ax: Axes, line: pd.DataFrame, value: str, colour: str, label: str, low: str = "", **style: Any) -> None:
+    """One curve over depth, with a band where the table has an interval."""
+    ax.plot(line["depth"], line[value], color=colour, label=label, **{"lw": 1.8, **style})
+    if low:
+        ax.fill_between(line["depth"], line[low], line[low.replace("_low", "_high")], color=colour, alpha=0.18, lw=0)
+
+
+def dictionary_variance(table: pd.DataFrame, bar: float) -> Figure:
+    """Variance explained at the read-out over depth: the dictionaries and their controls, one panel per model."""
+    models = list(dict.fromkeys(table["model"]))
+    figure, axes = plt.subplots(1, len(models), figsize=(4.9 * len(models), 3.4), sharey=True, squeeze=False)
+    for ax, model in zip(axes[0], models, strict=True):
+        line = table[table["model"] == model]
+        _over_depth(ax, line, "read_out_variance", "#0072B2", "dictionary", "read_out_low", marker="o", ms=4)
+        _over_depth(ax, line, "pca_variance", "#D55E00", "principal components", "pca_low", ls="--")
+        _over_depth(ax, line, "random_variance", "#777777", "random dictionary", "random_low", ls=":")
+        ax.axhline(bar, color="#222222", lw=0.8)
+        ax.text(0.0, bar + 0.012, "bar", fontsize=8, va="bottom")
+        ax.set_xlabel("depth")
+        ax.set_ylim(min(0.0, float(line["random_low"].min()) - 0.03), 1.02)
+        ax.set_title(model)
+    axes[0][0].set_ylabel("share of variance explained")
+    axes[0][0].legend(fontsize=8, loc="lower left")
+    return figure
+
+
+def dictionary_probes(table: pd.DataFrame, chance: float) -> Figure:
+    """Held-out accuracy of emotion probes over depth, on residuals, codes and difference-of-means directions."""
+    models = list(dict.fromkeys(table["model"]))
+    figure, axes = plt.subplots(1, len(models), figsize=(4.9 * len(models), 3.2), sharey=True, squeeze=False)
+    shown = (("probe_residual", "residual", "#0072B2", "-"), ("probe_codes", "codes", "#D55E00", "--"))
+    for ax, model in zip(axes[0], models, strict=True):
+        line = table[table["model"] == model]
+        for value, label, colour, dash in (*shown, ("probe_means", "difference of means", "#009E73", ":")):
+            _over_depth(ax, line, value, colour, label, ls=dash)
+        ax.axhline(chance, color="#999999", ls=":", lw=1)
+        ax.set_xlabel("depth")
+        ax.set_ylim(0, None)
+        ax.set_title(model)
+    axes[0][0].set_ylabel("accuracy, held-out topics")
+    axes[0][0].legend(fontsize=8, loc="lower right")
+    return figure
+
+
+def dictionary_splices(table: pd.DataFrame, score_bar: float, loss_bar: float) -> Figure:
+    """What the model does with the reconstruction: change of label scores, and cross-entropy recovered in text."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.8, 3.3))
+    for colour, (model, line) in zip(MODEL_COLOURS, table.groupby("model", sort=False), strict=False):
+        _over_depth(left, line, "score_change", colour, model, "score_change_low", marker="o", ms=3)
+        _over_depth(right, line, "loss_recovered", colour, model, "loss_low", marker="o", ms=3)
+    for ax, bar in ((left, score_bar), (right, loss_bar)):
+        ax.axhline(bar, color="#222222", lw=0.8)
+        ax.text(1.0, bar, "bar", fontsize=8, va="bottom", ha="right")
+        ax.set_xlabel("depth")
+    left.set_ylim(0, None)
+    right.set_ylim(min(0.8, float(table["loss_low"].min()) - 0.02), 1.01)
+    left.set_ylabel("mean |change| of a label score (nats)")
+    right.set_ylabel("cross-entropy recovered (share)")
+    left.set_title("emotion prompts")
+    right.set_title("running text")
+    left.legend(fontsize=8, loc="best")
+    return figure
+
+
+def dictionary_stability(table: pd.DataFrame, threshold: float = 0.7) -> Figure:
+    """How close the nearest feature of another seed is, per layer, beside a random dictionary."""
+    pairs = list(dict.fromkeys(zip(table["model"], table["layer"], strict=True)))
+    figure, axes = plt.subplots(1, len(pairs), figsize=(2.9 * len(pairs), 2.8), sharey=True, squeeze=False)
+    bins = np.linspace(0, 1, 41)
+    for ax, (model, layer) in zip(axes[0], pairs, strict=True):
+        here = table[(table["model"] == model) & (table["layer"] == layer)]
+        for kind, colour in (("another seed", "#0072B2"), ("random", "#999999")):
+            cosine = here[here["kind"] == kind]["cosine"]
+            weights = np.full(len(cosine), 1 / max(1, len(cosine)))
+            ax.hist(cosine, bins=bins, weights=weights, histtype="stepfilled", alpha=0.6, color=colour, label=kind)
+        ax.axvline(threshold, color="#222222", lw=0.8)
+        share = float((here[here["kind"] == "another seed"]["cosine"] >= threshold).mean())
+        ax.set_title(f"{model}\nlayer {layer}: {share:.0%}", fontsize=9)
+        ax.set_xlabel("cosine of nearest")
+    axes[0][0].set_ylabel("share of features")
+    axes[0][0].legend(fontsize=8, loc="upper left")
     return figure

@@ -29,6 +29,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 N_FOLDS = 4
 # Inverse penalties tried for standardised features of a few hundred dimensions and rows.
 PENALTIES: tuple[float, ...] = (0.001, 0.01)
+# Sparse codes are many and mostly zero, so a weaker penalty is tried for them too.
+CODE_PENALTIES: tuple[float, ...] = (*PENALTIES, 0.1)
 
 
 @dataclass(frozen=True)

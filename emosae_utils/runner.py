@@ -46,7 +46,17 @@ from emosae_utils.models import is_prepared, model_profile
 Say = Callable[[str], None]
 
 # Versions recorded with every run, and part of the key that decides whether a run is still valid.
-RECORDED = ("torch", "transformers", "nnsight", "scikit-learn", "numpy", "pandas", "papermill", "emosae-utils")
+RECORDED = (
+    "torch",
+    "transformers",
+    "nnsight",
+    "sae-lens",
+    "scikit-learn",
+    "numpy",
+    "pandas",
+    "papermill",
+    "emosae-utils",
+)
 # Set by the runner: where a chapter writes and where it finds the chapters before it, seen from its own run folder.
 PLACES = {"out_dir": ".", "in_dir": ".."}
 
@@ -120,12 +130,13 @@ def _model_names(parameters: Mapping[str, Any]) -> list[str]:
 
 
 def _absolute(value: Any) -> Any:
-    """A user's own file or model folder by its full path, since a chapter runs in a folder of its own."""
+    """A user's own file, model or folder of dictionaries by its full path: a chapter runs in a folder of its own."""
     if isinstance(value, list):
         return [_absolute(item) for item in value]
     if isinstance(value, str) and value:
         path = Path(value).expanduser()
-        if (path.suffix and path.is_file()) or (path / "config.json").is_file():
+        own_folder = (path / "config.json").is_file() or any(path.glob("layer_*/cfg.json"))
+        if (path.suffix and path.is_file()) or own_folder:
             return str(path.resolve())
     return value
 
@@ -136,7 +147,9 @@ def _data_state() -> dict[str, str]:
     The loader refuses a public file whose checksum differs from its card, so presence says all.
     """
     data = repo_dir() / "data"
-    embedded = {str(p.relative_to(data)): sha256_file(p) for p in sorted(data.rglob("*.jsonl"))}
+    # Of a dictionary the manifest stands for its files; loading checks them against it.
+    files = sorted([*data.rglob("*.jsonl"), *data.rglob("manifest.json")])
+    embedded = {str(p.relative_to(data)): sha256_file(p) for p in files}
     public = {card.name: "present" if is_present(card.name) else "absent" for card in cards() if card.is_public}
     return embedded | public
 
@@ -165,7 +178,8 @@ def _own_files(parameters: Mapping[str, Any]) -> list[str]:
                 if path.is_file():
                     state.append(f"{item} {sha256_file(path)}")
                 elif path.is_dir():
-                    state += [f"{p} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in sorted(path.iterdir())]
+                    inside = sorted(p for p in path.rglob("*") if p.is_file())
+                    state += [f"{p} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in inside]
     return state
 
 
