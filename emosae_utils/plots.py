@@ -349,6 +349,11 @@ def dictionary_splices(table: pd.DataFrame, score_bar: float, loss_bar: float) -
 def dictionary_stability(table: pd.DataFrame, threshold: float = 0.7) -> Figure:
     """How close the nearest feature of another seed is, per layer, beside a random dictionary."""
     pairs = list(dict.fromkeys(zip(table["model"], table["layer"], strict=True)))
+    if not pairs:
+        figure, ax = plt.subplots(figsize=(5, 0.8))
+        ax.set_axis_off()
+        ax.text(0, 0.5, "No second seed was trained for the layers of this run.", va="center")
+        return figure
     figure, axes = plt.subplots(1, len(pairs), figsize=(2.9 * len(pairs), 2.8), sharey=True, squeeze=False)
     bins = np.linspace(0, 1, 41)
     for ax, (model, layer) in zip(axes[0], pairs, strict=True):

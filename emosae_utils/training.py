@@ -209,34 +209,62 @@ def _new_sae(config: TrainConfig, d_model: int, device: str) -> Any:
     return sae_class(config_class(**options))
 
 
+def _template_means(pools: Pools) -> Array:
+    """Mean scaled activation of each template's read-outs, [templates, d_model]."""
+    some = pools.readout_N[:SAMPLE]
+    acts_ND, template_N = pools.acts_ND[some].astype(np.float32), pools.template_N[some]
+    return np.stack([acts_ND[template_N == name].mean(axis=0) for name in np.unique(template_N)])
+
+
 def _directions(pools: Pools, config: TrainConfig, n: int, key: int) -> torch.Tensor:
-    """Unit differences between harvested activations, [n, d_model]: directions that the data has."""
+    """Unit differences between harvested activations, [n, d_model]: directions that the data has.
+
+    Read-outs are paired within their template, and what tells templates apart is taken out of every direction: it is
+    one constant per template, many times longer than what differs from text to text.
+    """
     rng = np.random.default_rng([config.seed, key])
     n_ends = round(n * config.readout_share)
-    found = []
-    for rows_N, own in ((pools.readout_N, n_ends), (pools.running_N, n - n_ends)):
-        a, b = rng.choice(rows_N, size=(2, own))
-        found.append(pools.acts_ND[a].astype(np.float32) - pools.acts_ND[b].astype(np.float32))
+    first_N = rng.choice(pools.readout_N, size=n_ends)
+    second_N = np.empty_like(first_N)
+    for name in np.unique(pools.template_N[first_N]):
+        own = pools.template_N[first_N] == name
+        second_N[own] = rng.choice(pools.readout_N[pools.template_N[pools.readout_N] == name], size=int(own.sum()))
+    a, b = rng.choice(pools.running_N, size=(2, n - n_ends))
+    pairs = ((first_N, second_N), (a, b))
+    found = [pools.acts_ND[x].astype(np.float32) - pools.acts_ND[y].astype(np.float32) for x, y in pairs]
     # Two draws may hold the same activation; a little noise keeps their difference from being no direction at all.
     noise_ND = rng.normal(scale=1e-3, size=(n, pools.acts_ND.shape[1]))
-    w_ND = torch.from_numpy(np.concatenate(found) + noise_ND.astype(np.float32))
-    return w_ND / w_ND.norm(dim=1, keepdim=True)
+    w_ND = np.concatenate(found) + noise_ND.astype(np.float32)
+    means_TD = _template_means(pools)
+    w_ND -= w_ND @ np.linalg.pinv(means_TD) @ means_TD
+    return torch.from_numpy(w_ND / np.linalg.norm(w_ND, axis=1, keepdims=True))
 
 
 def _start_from_data(sae: Any, pools: Pools, config: TrainConfig) -> None:
-    """First decoder directions are differences between harvested activations; the encoder is their transpose.
+    """First decoder directions are template means and differences between activations; none is random.
 
-    Directions taken from the data leave few latents dead. The encoder is scaled so that the first reconstruction
-    has the least squared error that this start allows.
+    One latent per template rebuilds its mean exactly; directions taken from the data leave few latents dead. The
+    encoder of the rest is their transpose, scaled so that the first reconstruction has the least squared error that
+    this start allows.
     """
+    means_TD = _template_means(pools)
+    unit_TD = means_TD / np.linalg.norm(means_TD, axis=1, keepdims=True)
+    n = len(unit_TD)
     w_ND = _directions(pools, config, config.d_sae, 7).to(sae.device)
     with torch.no_grad():
         sae.W_dec.data.copy_(w_ND)
         sae.W_enc.data.copy_(w_ND.T)
+        sae.W_dec.data[:n] = torch.from_numpy(unit_TD).to(sae.device)
+        # The dual basis: each of these latents is silent at the other templates' means.
+        sae.W_enc.data[:, :n] = torch.from_numpy(np.linalg.pinv(unit_TD)).to(sae.device)
         x_BD = next(_batches(pools, config, 0, 0)).to(sae.device)
-        made_BD = sae.decode(sae.encode(x_BD))
-        best = float((made_BD * x_BD).sum() / made_BD.square().sum().clamp(min=1e-6))
-        sae.W_enc.data.mul_(max(best, 1e-3))
+        codes_BF = sae.encode(x_BD)
+        named_BF = torch.zeros_like(codes_BF)
+        named_BF[:, :n] = codes_BF[:, :n]
+        rest_BD = x_BD - sae.decode(named_BF)
+        made_BD = sae.decode(codes_BF - named_BF)
+        best = float((made_BD * rest_BD).sum() / made_BD.square().sum().clamp(min=1e-6))
+        sae.W_enc.data[:, n:] *= max(best, 1e-3)
 
 
 def _start_from_before(sae: Any, pools: Pools, config: TrainConfig, start: Mapping[str, torch.Tensor]) -> None:
