@@ -4,7 +4,7 @@ sae-lens does the training steps and knows the architectures; this module feeds 
 Layers are trained in order. From the second on, a dictionary starts from the one before it: the residual stream
 changes little from block to block, so most features need only be adjusted (layer-wise transfer, Ghilardi et al. 2024,
 doi:10.18653/v1/2024.blackboxnlp-1.32). The loss of each kind of position is counted in units of its own variance;
-otherwise running text, whose activations are spread ten times wider, would leave nothing for the read-outs.
+otherwise running text, whose activations spread far wider, would leave nothing for the read-outs.
 """
 
 from __future__ import annotations
@@ -376,14 +376,16 @@ def train_layer(
     if hasattr(sae.cfg, "aux_loss_coefficient"):
         # Gao et al. 2024 weigh the loss of dead latents by 1/32 of the normalised error.
         sae.cfg.aux_loss_coefficient = 1 / 32 / pools.var_running
-    if start is None:
-        _start_from_data(sae, pools, config)
-    else:
+    if start is not None:
         config = replace(config, positions=config.transfer_positions)
+    resumed = state is not None and state.is_file()
+    if start is None and not resumed:
+        _start_from_data(sae, pools, config)
+    elif start is not None and not resumed:
         _start_from_before(sae, pools, config, start)
     sae.mse_loss_fn = _weighted_loss(pools, config)
     trainer = _trainer(sae, config)
-    if state is not None and state.is_file():
+    if state is not None and resumed:
         _load_state(state, trainer, config.batch)
     first, recent, clock = None, 0.0, time.perf_counter()
     begun = trainer.n_training_steps
