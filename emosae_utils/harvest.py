@@ -277,22 +277,21 @@ def harvest(
             np.savez(temporary, mean_LD=mean_LD.numpy(), scale_L=scale_L.numpy(), layers=np.array(layers))
         write_table(folder / "rows.parquet", rows)
         for layer in layers:
-            np.memmap(layer_file(folder, layer), dtype=np.float16, mode="w+", shape=(len(rows), lm.d_model)).flush()
+            with layer_file(folder, layer).open("wb") as file:
+                file.truncate(2 * len(rows) * lm.d_model)
         write_json(state_path, state)
     scaling = np.load(scaling_path)
     mean_LD, scale_L = torch.from_numpy(scaling["mean_LD"]), torch.from_numpy(scaling["scale_L"])
-    files = [
-        np.memmap(layer_file(folder, x), dtype=np.float16, mode="r+", shape=(len(rows), lm.d_model)) for x in layers
-    ]
     started, done_before = time.perf_counter(), state["windows"]
     for number in range(state["windows"], len(windows)):
         acts_LKD = (_read_window(lm, windows[number], layers) - mean_LD[:, None]) / scale_L[:, None, None]
         if not torch.isfinite(acts_LKD).all():
             raise EmosaeError(f"{lm.name} gives residuals that are not finite in {lm.dtype}; use dtype='float32'")
         start, stop = state["rows"], state["rows"] + acts_LKD.shape[1]
-        for file, acts_KD in zip(files, acts_LKD.clamp_(-6e4, 6e4).half().numpy(), strict=True):
-            file[start:stop] = acts_KD
-            file.flush()
+        for layer, acts_KD in zip(layers, acts_LKD.clamp_(-6e4, 6e4).half().numpy(), strict=True):
+            with layer_file(folder, layer).open("r+b") as file:
+                file.seek(2 * start * lm.d_model)
+                file.write(acts_KD.tobytes())
         state |= {"windows": number + 1, "rows": stop}
         write_json(state_path, state)
         left = (time.perf_counter() - started) / (number + 1 - done_before) * (len(windows) - number - 1)
