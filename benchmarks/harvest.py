@@ -24,7 +24,7 @@ def main() -> None:
     lm = load_model(sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m")
     rng = np.random.default_rng(0)
     texts = load_corpus("emoscenes").frame.sample(12, random_state=0)["text"]
-    groups = [[text for _, text in prompts_of(sentences(t), ["feeling", "sentence"], rng)] for t in texts]
+    groups = [[text for _, _, text in prompts_of(sentences(t), ["feeling", "sentence"], rng)] for t in texts]
     ids = [[tuple(x) for x in lm.tokenizer(group)["input_ids"]] for group in groups]
     packs = sorted((pack_sequences(group) for group in ids), key=len)
     flat = tuple(x for group in ids for x in group)

@@ -162,6 +162,10 @@ class Planned:
     rows: pd.DataFrame
 
 
+# What a kept row is: kind, template, person, source, held out.
+Fact = tuple[int, str, str, str, bool]
+
+
 def _plan(items: Sequence[Item], rng: np.random.Generator, batch_tokens: int) -> Planned:
     """Pack one window of items and choose its batches; deterministic in the items and the generator."""
     ordered = sorted(items, key=lambda item: item.ids[0])
@@ -176,29 +180,33 @@ def _plan(items: Sequence[Item], rng: np.random.Generator, batch_tokens: int) ->
         else:
             groups.append([item])
             nodes = size
-    made: list[tuple[Pack, tuple[int, ...], list[tuple[int, str, str, bool]]]] = []
+    made: list[tuple[Pack, tuple[int, ...], list[Fact]]] = []
     for group in groups:
         pack = pack_sequences([ids for item in group for ids in item.ids])
         depth_S = pack.depths()
         nodes_kept: list[int] = []
-        facts: list[tuple[int, str, str, bool]] = []
+        facts: list[Fact] = []
         if not group[0].templates[0]:
             inside = np.flatnonzero(depth_S > 0)
             nodes_kept += inside.tolist()
-            facts += [(RUNNING, "", group[0].source, group[0].held_out)] * len(inside)
+            facts += [(RUNNING, "", "", group[0].source, group[0].held_out)] * len(inside)
         else:
-            owner = [(item, name) for item in group for name in item.templates]
-            for end, (item, name) in zip(pack.ends, owner, strict=True):
+            owner = [
+                (item, name, person)
+                for item in group
+                for name, person in zip(item.templates, item.persons, strict=True)
+            ]
+            for end, (item, name, person) in zip(pack.ends, owner, strict=True):
                 nodes_kept.append(end)
-                facts.append((READOUT, name, item.source, item.held_out))
+                facts.append((READOUT, name, person, item.source, item.held_out))
             if not any(item.held_out for item in group):
                 inside = np.setdiff1d(np.flatnonzero(depth_S > 0), pack.ends)
                 inside = inside[rng.random(len(inside)) < TEXT_SHARE]
                 nodes_kept += inside.tolist()
-                facts += [(IN_PROMPT, "", "prompts", False)] * len(inside)
+                facts += [(IN_PROMPT, "", "", "prompts", False)] * len(inside)
         made.append((pack, tuple(nodes_kept), facts))
     made.sort(key=lambda entry: len(entry[0]))
-    batches: list[list[tuple[Pack, tuple[int, ...], list[tuple[int, str, str, bool]]]]] = []
+    batches: list[list[tuple[Pack, tuple[int, ...], list[Fact]]]] = []
     for entry in made:
         # Sorted by length, so the newcomer is the widest.
         if batches and (len(batches[-1]) + 1) * len(entry[0]) <= batch_tokens:
@@ -207,7 +215,7 @@ def _plan(items: Sequence[Item], rng: np.random.Generator, batch_tokens: int) ->
             batches.append([entry])
     rows = pd.DataFrame(
         [fact for batch in batches for entry in batch for fact in entry[2]],
-        columns=["kind", "template", "source", "held_out"],
+        columns=["kind", "template", "person", "source", "held_out"],
     )
     return Planned(
         tuple(tuple(e[0] for e in batch) for batch in batches),
@@ -254,7 +262,7 @@ def harvest(
     harvest goes on where its last whole window ended.
 
     Returns:
-        What each row is: kind, template, source, held_out.
+        What each row is: kind, template, person, source, held_out.
 
     Raises:
         EmosaeError: if the disk is too small or activations are not finite.
@@ -297,3 +305,45 @@ def harvest(
         left = (time.perf_counter() - started) / (number + 1 - done_before) * (len(windows) - number - 1)
         say(f"{lm.name}: {number + 1} of {len(windows)} windows read, about {left / 60:.0f} min left")
     return rows
+
+
+SENSITIVITY_TEXTS = 16
+
+
+def sensitivity(lm: LM, items: Sequence[Item], layers: Sequence[int], seed: int = 0) -> Array:
+    """How much next-token predictions depend on each dimension of the residual stream, [layers, d_model], mean 1.
+
+    The diagonal of the Fisher information: squared gradients of the log-probability of tokens that the model itself
+    draws, averaged over the positions of a few running texts of the mix but their first.
+    """
+    texts = [item.ids[0] for item in items if not item.templates[0] and not item.held_out][:SENSITIVITY_TEXTS]
+    generator = torch.Generator().manual_seed(seed)
+    total_LD = torch.zeros(len(layers), lm.d_model)
+    streams: list[torch.Tensor] = []
+
+    def keep(module: Any, inputs: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if not hidden.requires_grad:
+            # The weights are frozen, so the first stream is where gradients begin.
+            hidden.requires_grad_(True)
+        hidden.retain_grad()
+        streams.append(hidden)
+
+    blocks = decoder_layers(lm.hf)
+    for ids in texts:
+        streams.clear()
+        hooks = [blocks[layer].register_forward_hook(keep) for layer in layers]
+        try:
+            with torch.enable_grad():
+                logits_SV = lm.hf(torch.tensor([list(ids)], device=lm.device), use_cache=False).logits[0].float()
+                drawn_S1 = torch.multinomial(logits_SV.detach().softmax(dim=-1).cpu(), 1, generator=generator)
+                total = torch.log_softmax(logits_SV, dim=-1).gather(1, drawn_S1.to(lm.device)).sum()
+                torch.autograd.backward(total)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for i, stream in enumerate(streams):
+            assert stream.grad is not None
+            total_LD[i] += stream.grad[0, 1:].float().square().sum(dim=0).cpu()
+    weight_LD: Array = (total_LD / total_LD.mean(dim=1, keepdim=True).clamp(min=1e-30)).numpy()
+    return weight_LD

@@ -242,8 +242,8 @@ def _wordings() -> dict[str, list[str]]:
 
 def prompts_of(
     passage: Sequence[str], wordings: Sequence[str], rng: np.random.Generator, n_persons: int = 3
-) -> list[tuple[str, str]]:
-    """Emotion prompts about a passage, asked after each of its sentences: pairs of template name and prompt text."""
+) -> list[tuple[str, str, str]]:
+    """Emotion prompts about a passage, asked after each of its sentences: template name, person and prompt text."""
     prompts = []
     for end in range(1, len(passage) + 1):
         text = " ".join(passage[:end])
@@ -251,7 +251,7 @@ def prompts_of(
         for name in wordings:
             for person in (PERSONS[0], *(PERSONS[i] for i in others)):
                 body = TEMPLATES[name].body
-                prompts.append((name, body.format(text=text, person=person, options=options_text(EMOTIONS))))
+                prompts.append((name, person, body.format(text=text, person=person, options=options_text(EMOTIONS))))
     return prompts
 
 
@@ -259,11 +259,13 @@ def prompts_of(
 class Item:
     """Token sequences that belong together, with the positions to keep.
 
-    `prompts` share a beginning and are read at their last token; a running text is one sequence read everywhere.
+    Prompts share a beginning and are read at their last token; a running text is one sequence read everywhere, with
+    an empty template and person.
     """
 
     ids: tuple[tuple[int, ...], ...]
     templates: tuple[str, ...]
+    persons: tuple[str, ...]
     source: str
     held_out: bool
 
@@ -329,12 +331,13 @@ def _prompt_items(
         if n >= wanted:
             break
         pairs = prompts_of(run, groups[int(rng.choice(len(groups), p=weights))], rng)
-        pairs = [p for p in pairs if p[1] not in seen]
+        pairs = [p for p in pairs if p[2] not in seen]
         if not pairs:
             continue
-        seen |= {text for _, text in pairs}
-        ids = tuple(tuple(x) for x in lm.tokenizer([text for _, text in pairs])["input_ids"])
-        made.append(Item(ids, tuple(name for name, _ in pairs), source, held_out))
+        seen |= {text for _, _, text in pairs}
+        ids = tuple(tuple(x) for x in lm.tokenizer([text for _, _, text in pairs])["input_ids"])
+        names, persons = tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)
+        made.append(Item(ids, names, persons, source, held_out))
         n += len(pairs)
     if n < wanted:
         raise EmosaeError(f"{source} has text for {n} prompts and {wanted} were asked for; ask for fewer")
@@ -370,7 +373,7 @@ def _running_items(
         body = ids[len(start_token) :]
         step = width - len(start_token)
         for at in range(0, len(body) - step + 1, step):
-            made.append(Item(((*start_token, *body[at : at + step]),), ("",), source, held_out))
+            made.append(Item(((*start_token, *body[at : at + step]),), ("",), ("",), source, held_out))
             n += width - 1
             if n >= wanted:
                 return made

@@ -3,8 +3,13 @@
 sae-lens does the training steps and knows the architectures; this module feeds it, watches it and makes it resumable.
 Layers are trained in order. From the second on, a dictionary starts from the one before it: the residual stream
 changes little from block to block, so most features need only be adjusted (layer-wise transfer, Ghilardi et al. 2024,
-doi:10.18653/v1/2024.blackboxnlp-1.32). The loss of each kind of position is counted in units of its own variance;
-otherwise running text, whose activations spread far wider, would leave nothing for the read-outs.
+doi:10.18653/v1/2024.blackboxnlp-1.32). Three things make dictionaries good at read-outs, where all prompts of one
+template share a constant many times longer than what differs from text to text:
+
+- what lies in the span of the population means is rebuilt by latents of its own, and the others cannot see it; left in,
+  the constant keeps the same few dozen latents on at every read-out, and the code is dense in disguise;
+- the error of each population is counted in units of its own variance, or running text would take all the gradient;
+- a part of the error counts each dimension by how much the model's predictions depend on it.
 """
 
 from __future__ import annotations
@@ -38,8 +43,8 @@ from emosae_utils.files import (
     write_json,
     write_manifest,
 )
-from emosae_utils.harvest import READOUT, count_rows, harvest, layer_file
-from emosae_utils.mix import Item, training_items
+from emosae_utils.harvest import READOUT, count_rows, harvest, layer_file, sensitivity
+from emosae_utils.mix import PERSONS, Item, training_items
 from emosae_utils.models import LM
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -53,8 +58,8 @@ class TrainConfig:
 
     Attributes:
         architecture: a training architecture of sae-lens.
-        d_sae: latents before pruning.
-        k: active latents per position, for the top-k architectures.
+        d_sae: latents before pruning, without those of the span.
+        k: active latents per position, for the top-k architectures; those of the span included.
         positions: positions seen in training, repeats counted.
         transfer_positions: the same for a layer that starts from the one before.
         batch: positions per step.
@@ -86,15 +91,18 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Pools:
-    """A layer's harvested activations by kind, and the spread that its losses are counted in.
+    """A layer's harvested activations by kind, and the spread that their losses are counted in.
 
     Attributes:
         acts_ND: scaled residuals, float16, on disk.
         readout_N, running_N: row numbers to train on.
         held_readout_N, held_running_N: row numbers to measure on.
-        template_N: template of each row, empty for running text.
-        var_readout: mean squared distance of read-outs to the mean of their template.
-        var_running: the same for running text to its mean, the widest hundredth left out.
+        group_N: population of each row: its template and whether it names the usual person; empty for running text.
+        unit_N: mean squared distance of each row's population to its mean (of running text, the widest hundredth is
+            left out).
+        weight_D: how much the model's predictions depend on each dimension, mean 1; ones if unknown.
+        weighted_unit_N: as `unit_N`, every dimension counted by its weight.
+        span_KD: orthonormal basis of the population means. What lies in it is rebuilt exactly, by latents of its own.
     """
 
     acts_ND: Array
@@ -102,50 +110,78 @@ class Pools:
     running_N: Array
     held_readout_N: Array
     held_running_N: Array
-    template_N: Array
-    var_readout: float
-    var_running: float
+    group_N: Array
+    unit_N: Array
+    weight_D: Array
+    weighted_unit_N: Array
+    span_KD: Array
+
+    @property
+    def unit_running(self) -> float:
+        """The unit of running text."""
+        return float(self.unit_N[self.running_N[0]])
+
+    def varying(self, rows_N: Array) -> Array:
+        """Scaled activations without what lies in the span of the population means, [rows, d_model], float32."""
+        acts_ND = self.acts_ND[rows_N].astype(np.float32)
+        rest: Array = acts_ND - acts_ND @ self.span_KD.T @ self.span_KD
+        return rest
 
 
 SAMPLE = 20_000
+OTHER_PERSON = "/other"
 
 
-def _spread(acts_ND: Array, groups_N: Array, trim: float = 0.0) -> float:
-    squares = []
-    for group in np.unique(groups_N):
-        own_ND = acts_ND[groups_N == group]
-        squares.append(((own_ND - own_ND.mean(axis=0)) ** 2).sum(axis=1))
-    distance_N = np.sort(np.concatenate(squares))
-    return float(distance_N[: max(1, int(len(distance_N) * (1 - trim)))].mean())
+def _spread(acts_ND: Array, trim: float) -> float:
+    """Mean squared distance to the mean, the widest rows left out."""
+    distance_N = np.sort(((acts_ND - acts_ND.mean(axis=0)) ** 2).sum(axis=1))
+    return float(distance_N[: max(1, int((1 - trim) * len(distance_N)))].mean())
 
 
-def load_pools(folder: Path, layer: int, d_model: int, rows: pd.DataFrame, n_rows: int | None = None) -> Pools:
-    """Open a layer of a harvest.
+def make_pools(acts_ND: Array, rows: pd.DataFrame, weight_D: Array | None = None) -> Pools:
+    """Sort a layer's activations into populations and measure how wide each is.
 
     Args:
-        folder: the harvest.
-        layer: block index.
-        d_model: width.
-        rows: what each row is.
-        n_rows: rows written so far; all if None.
+        acts_ND: scaled residuals, in the order of `rows`.
+        rows: what each row is, with the columns of a harvest.
+        weight_D: weights of the dimensions, mean 1.
     """
-    acts_ND = np.memmap(layer_file(folder, layer), dtype=np.float16, mode="r", shape=(len(rows), d_model))
-    n = len(rows) if n_rows is None else n_rows
-    kind, held = rows["kind"].to_numpy()[:n], rows["held_out"].to_numpy()[:n]
+    weight_D = np.ones(acts_ND.shape[1], dtype=np.float32) if weight_D is None else weight_D.astype(np.float32)
+    kind, held = rows["kind"].to_numpy(), rows["held_out"].to_numpy()
+    other = np.where(rows["person"].isin(["", PERSONS[0]]), "", OTHER_PERSON)
+    group_N = (rows["template"].to_numpy().astype(object) + other).astype(str)
     readout_N, running_N = np.flatnonzero((kind == READOUT) & ~held), np.flatnonzero((kind != READOUT) & ~held)
     rng = np.random.default_rng(0)
-    some = [np.sort(rng.permutation(x)[:SAMPLE]) for x in (readout_N, running_N)]
-    template_N = rows["template"].to_numpy()
+    unit_N, weighted_N, means = np.ones(len(rows), np.float32), np.ones(len(rows), np.float32), []
+    for name in np.unique(group_N):
+        own = np.flatnonzero((group_N == name) & ~held)
+        some_ND = acts_ND[np.sort(rng.permutation(own)[:SAMPLE])].astype(np.float32)
+        unit_N[group_N == name] = _spread(some_ND, 0.0 if name else 0.01)
+        weighted_N[group_N == name] = _spread(some_ND * np.sqrt(weight_D), 0.0 if name else 0.01)
+        # The usual person's read-outs and running text; other persons differ by what a latent can learn.
+        if not name.endswith(OTHER_PERSON):
+            means.append(some_ND.mean(axis=0))
+    _, size_K, axes_KD = np.linalg.svd(np.stack(means), full_matrices=False)
+    span_KD = axes_KD[size_K > 1e-3 * max(float(size_K[0]), 1e-6)].astype(np.float32)
+    held_readout_N, held_running_N = np.flatnonzero((kind == READOUT) & held), np.flatnonzero((kind != READOUT) & held)
     return Pools(
         acts_ND,
         readout_N,
         running_N,
-        np.flatnonzero((kind == READOUT) & held),
-        np.flatnonzero((kind != READOUT) & held),
-        template_N,
-        _spread(acts_ND[some[0]].astype(np.float32), template_N[some[0]]),
-        _spread(acts_ND[some[1]].astype(np.float32), np.zeros(len(some[1])), trim=0.01),
+        held_readout_N,
+        held_running_N,
+        group_N,
+        unit_N,
+        weight_D,
+        weighted_N,
+        span_KD,
     )
+
+
+def load_pools(folder: Path, layer: int, d_model: int, rows: pd.DataFrame, weight_D: Array | None = None) -> Pools:
+    """Open a layer of a harvest; the arguments are those of `make_pools`."""
+    acts_ND = np.memmap(layer_file(folder, layer), dtype=np.float16, mode="r", shape=(len(rows), d_model))
+    return make_pools(acts_ND, rows, weight_D)
 
 
 def _endless(rows_N: Array, size: int, key: list[int], skip: int) -> Iterator[Array]:
@@ -160,111 +196,91 @@ def _endless(rows_N: Array, size: int, key: list[int], skip: int) -> Iterator[Ar
             number += 1
 
 
-def _batches(pools: Pools, config: TrainConfig, layer: int, skip: int) -> Iterator[torch.Tensor]:
-    """Batches of scaled activations: read-outs first, then running text."""
-    ends = _endless(pools.readout_N, config.readouts, [config.seed, layer, 1], skip)
-    text = _endless(pools.running_N, config.batch - config.readouts, [config.seed, layer, 0], skip)
-    for a, b in zip(ends, text, strict=False):
-        yield torch.from_numpy(np.concatenate([pools.acts_ND[a], pools.acts_ND[b]]).astype(np.float32))
+def _batches(pools: Pools, config: TrainConfig, layer: int, skip: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of varying activations with both units of each row: half of the read-outs name the usual person."""
+    usual = np.char.endswith(pools.group_N[pools.readout_N], OTHER_PERSON)
+    parts = [(pools.readout_N[~usual], 1), (pools.readout_N[usual], 2), (pools.running_N, 0)]
+    half = config.readouts // 2 if len(parts[1][0]) else config.readouts
+    sizes = (half, config.readouts - half, config.batch - config.readouts)
+    streams = [
+        _endless(rows_N, size, [config.seed, layer, number], skip)
+        for (rows_N, number), size in zip(parts, sizes, strict=True)
+        if size
+    ]
+    for rows in zip(*streams, strict=False):
+        rows_B = np.concatenate(rows)
+        units_B2 = np.stack([pools.unit_N[rows_B], pools.weighted_unit_N[rows_B]], axis=1)
+        yield torch.from_numpy(pools.varying(rows_B)), torch.from_numpy(units_B2)
 
 
-# An activation far outside its kind counts as if its square were this multiple of the kind's variance.
+# An activation of running text far outside its kind counts as if its square were this multiple of the kind's unit.
 OUTLIER = 4.0
 
 
-def _weighted_loss(pools: Pools, config: TrainConfig) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Squared error in units of each kind's variance, the first rows of a batch being read-outs.
+# Share of the loss in which dimensions count as much as the model's predictions depend on them.
+WEIGHTED_SHARE = 0.3
 
-    A few positions (attention sinks) are hundreds of times longer than the rest and would be all of the gradient;
-    their error counts relative to their own square.
+
+class _FairLoss:
+    """Squared error of each row in units of its population's variance, plain and weighted by dimension.
+
+    A few positions of running text (attention sinks) are hundreds of times longer than the rest and would be all of
+    the gradient; their error counts relative to their own square.
     """
-    n = config.readouts
-    unit_B1 = torch.full((config.batch, 1), pools.var_running)
-    unit_B1[:n] = pools.var_readout
-    share_B1 = torch.full((config.batch, 1), (1 - config.readout_share) * config.batch / max(1, config.batch - n))
-    share_B1[:n] = config.readout_share * config.batch / max(1, n)
 
-    def loss(predicted_BD: torch.Tensor, target_BD: torch.Tensor) -> torch.Tensor:
-        unit = unit_B1.to(target_BD.device)
-        square_B1 = target_BD.square().sum(dim=-1, keepdim=True)
-        # Read-outs lie away from the common mean as a group; only running text has outliers.
-        far = torch.clamp(OUTLIER * pools.var_running / square_B1, max=1.0)
-        far[:n] = 1.0
-        return (predicted_BD - target_BD).square() * (share_B1.to(target_BD.device) / unit * far)
+    def __init__(self, n_readouts: int, weight_D: torch.Tensor) -> None:
+        self.n_readouts = n_readouts
+        self.weight_D = weight_D
+        self.units_B2 = torch.ones(1, 2)
 
-    return loss
+    def __call__(self, predicted_BD: torch.Tensor, target_BD: torch.Tensor) -> torch.Tensor:
+        units_B2 = self.units_B2.to(target_BD.device)
+        unit_B1, weighted_B1 = units_B2[:, :1], units_B2[:, 1:]
+        far_B1 = torch.clamp(OUTLIER * unit_B1 / target_BD.square().sum(dim=-1, keepdim=True), max=1.0)
+        far_B1[: self.n_readouts] = 1.0
+        scale_BD = (1 - WEIGHTED_SHARE) / unit_B1 + WEIGHTED_SHARE * self.weight_D.to(target_BD.device) / weighted_B1
+        return (predicted_BD - target_BD).square() * (scale_BD * far_B1)
 
 
-def _new_sae(config: TrainConfig, d_model: int, device: str) -> Any:
+def _new_sae(config: TrainConfig, d_model: int, n_span: int, device: str) -> Any:
     from sae_lens.registry import get_sae_training_class
 
     sae_class, config_class = get_sae_training_class(pick("architecture", config.architecture, ARCHITECTURES))
     known = config_class.__dataclass_fields__
     options: dict[str, Any] = {"d_in": d_model, "d_sae": config.d_sae, "device": device}
     if "k" in known:
-        options["k"] = config.k
+        # Of each sign of an axis of the span one latent fires.
+        options["k"] = config.k - n_span
     if "matryoshka_widths" in known:
         options["matryoshka_widths"] = [config.d_sae // 8, config.d_sae // 2, config.d_sae]
     torch.manual_seed(config.seed)
     return sae_class(config_class(**options))
 
 
-def _template_means(pools: Pools) -> Array:
-    """Mean scaled activation of each template's read-outs, [templates, d_model]."""
-    some = pools.readout_N[:SAMPLE]
-    acts_ND, template_N = pools.acts_ND[some].astype(np.float32), pools.template_N[some]
-    return np.stack([acts_ND[template_N == name].mean(axis=0) for name in np.unique(template_N)])
-
-
 def _directions(pools: Pools, config: TrainConfig, n: int, key: int) -> torch.Tensor:
-    """Unit differences between harvested activations, [n, d_model]: directions that the data has.
-
-    Read-outs are paired within their template, and what tells templates apart is taken out of every direction: it is
-    one constant per template, many times longer than what differs from text to text.
-    """
+    """Unit directions of varying activations, [n, d_model]: directions that the data has leave few latents dead."""
     rng = np.random.default_rng([config.seed, key])
     n_ends = round(n * config.readout_share)
-    first_N = rng.choice(pools.readout_N, size=n_ends)
-    second_N = np.empty_like(first_N)
-    for name in np.unique(pools.template_N[first_N]):
-        own = pools.template_N[first_N] == name
-        second_N[own] = rng.choice(pools.readout_N[pools.template_N[pools.readout_N] == name], size=int(own.sum()))
-    a, b = rng.choice(pools.running_N, size=(2, n - n_ends))
-    pairs = ((first_N, second_N), (a, b))
-    found = [pools.acts_ND[x].astype(np.float32) - pools.acts_ND[y].astype(np.float32) for x, y in pairs]
-    # Two draws may hold the same activation; a little noise keeps their difference from being no direction at all.
-    noise_ND = rng.normal(scale=1e-3, size=(n, pools.acts_ND.shape[1]))
-    w_ND = np.concatenate(found) + noise_ND.astype(np.float32)
-    means_TD = _template_means(pools)
-    w_ND -= w_ND @ np.linalg.pinv(means_TD) @ means_TD
+    drawn = [rng.choice(pools.readout_N, size=n_ends), rng.choice(pools.running_N, size=n - n_ends)]
+    # An activation may lie in the span of the means; a little noise keeps it from being no direction at all.
+    noise_ND = rng.normal(scale=1e-3, size=(n, pools.acts_ND.shape[1])).astype(np.float32)
+    w_ND = pools.varying(np.concatenate(drawn)) + noise_ND
     return torch.from_numpy(w_ND / np.linalg.norm(w_ND, axis=1, keepdims=True))
 
 
 def _start_from_data(sae: Any, pools: Pools, config: TrainConfig) -> None:
-    """First decoder directions are template means and differences between activations; none is random.
+    """First decoder directions are activations, the encoder is their transpose.
 
-    One latent per template rebuilds its mean exactly; directions taken from the data leave few latents dead. The
-    encoder of the rest is their transpose, scaled so that the first reconstruction has the least squared error that
-    this start allows.
+    The encoder is scaled so that the first reconstruction has the least squared error that this start allows.
     """
-    means_TD = _template_means(pools)
-    unit_TD = means_TD / np.linalg.norm(means_TD, axis=1, keepdims=True)
-    n = len(unit_TD)
     w_ND = _directions(pools, config, config.d_sae, 7).to(sae.device)
     with torch.no_grad():
         sae.W_dec.data.copy_(w_ND)
         sae.W_enc.data.copy_(w_ND.T)
-        sae.W_dec.data[:n] = torch.from_numpy(unit_TD).to(sae.device)
-        # The dual basis: each of these latents is silent at the other templates' means.
-        sae.W_enc.data[:, :n] = torch.from_numpy(np.linalg.pinv(unit_TD)).to(sae.device)
-        x_BD = next(_batches(pools, config, 0, 0)).to(sae.device)
-        codes_BF = sae.encode(x_BD)
-        named_BF = torch.zeros_like(codes_BF)
-        named_BF[:, :n] = codes_BF[:, :n]
-        rest_BD = x_BD - sae.decode(named_BF)
-        made_BD = sae.decode(codes_BF - named_BF)
-        best = float((made_BD * rest_BD).sum() / made_BD.square().sum().clamp(min=1e-6))
-        sae.W_enc.data[:, n:] *= max(best, 1e-3)
+        x_BD = next(_batches(pools, config, 0, 0))[0].to(sae.device)
+        made_BD = sae.decode(sae.encode(x_BD))
+        best = float((made_BD * x_BD).sum() / made_BD.square().sum().clamp(min=1e-6))
+        sae.W_enc.data.mul_(max(best, 1e-3))
 
 
 def _start_from_before(sae: Any, pools: Pools, config: TrainConfig, start: Mapping[str, torch.Tensor]) -> None:
@@ -272,8 +288,8 @@ def _start_from_before(sae: Any, pools: Pools, config: TrainConfig, start: Mappi
     with torch.no_grad():
         for name, p in sae.named_parameters():
             p.copy_(start[name])
-        some = np.sort(np.concatenate([pools.readout_N[: SAMPLE // 2], pools.running_N[: SAMPLE // 2]]))
-        _, _, fired_F = explained(sae, pools.acts_ND[some], np.zeros(len(some)))
+        some = np.concatenate([pools.readout_N[: SAMPLE // 2], pools.running_N[: SAMPLE // 2]])
+        _, _, fired_F = explained(sae, pools.varying(np.sort(some)), np.zeros(len(some)))
         silent = torch.from_numpy(np.flatnonzero(fired_F == 0)).to(sae.device)
         alive = torch.from_numpy(np.flatnonzero(fired_F > 0)).to(sae.device)
         if not len(silent) or not len(alive):
@@ -372,10 +388,10 @@ def train_layer(
         EmosaeError: if the loss is not finite or explodes; the last good state stays in `state`.
     """
     os.environ.setdefault("WANDB_MODE", "disabled")
-    sae = _new_sae(config, pools.acts_ND.shape[1], device)
+    sae = _new_sae(config, pools.acts_ND.shape[1], len(pools.span_KD), device)
     if hasattr(sae.cfg, "aux_loss_coefficient"):
         # Gao et al. 2024 weigh the loss of dead latents by 1/32 of the normalised error.
-        sae.cfg.aux_loss_coefficient = 1 / 32 / pools.var_running
+        sae.cfg.aux_loss_coefficient = 1 / 32 / pools.unit_running
     if start is not None:
         config = replace(config, positions=config.transfer_positions)
     resumed = state is not None and state.is_file()
@@ -383,15 +399,16 @@ def train_layer(
         _start_from_data(sae, pools, config)
     elif start is not None and not resumed:
         _start_from_before(sae, pools, config, start)
-    sae.mse_loss_fn = _weighted_loss(pools, config)
+    sae.mse_loss_fn = fair = _FairLoss(config.readouts, torch.from_numpy(pools.weight_D))
     trainer = _trainer(sae, config)
     if state is not None and resumed:
         _load_state(state, trainer, config.batch)
     first, recent, clock = None, 0.0, time.perf_counter()
     begun = trainer.n_training_steps
-    for batch_BD in _batches(pools, config, layer, begun):
+    for batch_BD, units_B2 in _batches(pools, config, layer, begun):
         if trainer.n_training_steps >= config.steps:
             break
+        fair.units_B2 = units_B2
         loss = trainer.step(batch_BD).loss.item()
         first = loss if first is None else first
         if not np.isfinite(loss) or loss > EXPLODED * max(first, 1.0):
@@ -472,6 +489,38 @@ def fold_scaling(sae: Any, mean_D: torch.Tensor, scale: float) -> None:
     for name in ("b_enc", "threshold", "b_mag"):
         if hasattr(sae, name):
             getattr(sae, name).data.mul_(scale)
+
+
+@torch.no_grad()
+def add_span(sae: Any, span_KD: torch.Tensor) -> Any:
+    """A copy of a dictionary of varying activations that takes whole ones: two latents for each axis of the span.
+
+    The other latents cannot see the span, so which of them fire does not depend on which population a position is
+    from; without that, the constant that sets a template apart would keep the same latents on at every read-out.
+
+    Args:
+        sae: an inference SAE of sae-lens.
+        span_KD: orthonormal axes.
+    """
+    config = copy.deepcopy(sae.cfg)
+    axes_MD = torch.cat([span_KD, -span_KD]).to(sae.device)
+    config.d_sae += len(axes_MD)
+    if hasattr(config, "k"):
+        config.k += len(span_KD)
+    whole = type(sae)(config)
+    for name, p in sae.named_parameters():
+        value = p.data
+        if name == "W_enc":
+            value = torch.cat([value - span_KD.T @ (span_KD @ value), axes_MD.T], dim=1)
+        elif name == "W_dec":
+            rest_FD = value - value @ span_KD.T @ span_KD
+            value = torch.cat([rest_FD, axes_MD])
+        elif name == "b_dec":
+            value = value - value @ span_KD.T @ span_KD
+        elif value.shape[0] == sae.cfg.d_sae:
+            value = torch.cat([value, value.new_zeros(len(axes_MD))])
+        getattr(whole, name).data = value.clone().contiguous()
+    return whole
 
 
 @torch.no_grad()
@@ -580,12 +629,13 @@ def train_dictionaries(
         _require_room(lm, items, work, group, acts)
         rows = harvest(lm, items, acts, layers=group, say=say)
         scaling = np.load(acts / "scaling.npz")
+        weight_LD = sensitivity(lm, items, group)
         for i, (layer, (path, final), key) in enumerate(zip(group, paths, keys, strict=True)):
             if _is_done(path, key) and final.is_file():
                 start = load_file(final) if transfer else None
                 say(f"layer {layer}: up to date")
                 continue
-            pools = load_pools(acts, layer, lm.d_model, rows)
+            pools = load_pools(acts, layer, lm.d_model, rows, weight_LD[i])
             state = work / f"state_{layer:02d}.safetensors"
             sae = train_layer(pools, layer, config, state=state, start=start, device=lm.device, say=say)
             with atomic_file(final) as temporary:
@@ -632,12 +682,13 @@ def finish_layer(
     """Fold, prune, save; then measure what was saved on the held-out part of the mix.
 
     Returns:
-        Features kept and pruned, and share of variance explained at read-outs (within templates) and in text.
+        Features kept and pruned, and share of variance explained at read-outs (within populations) and in text.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         plain = _inference(sae, Path(scratch))
     rng = np.random.default_rng(0)
+    plain = add_span(plain, torch.from_numpy(pools.span_KD))
     seen = [np.sort(rng.permutation(rows)[: PRUNE_SAMPLE // 2]) for rows in (pools.readout_N, pools.running_N)]
     sample = np.concatenate([*seen, pools.held_readout_N, pools.held_running_N])
     _, _, fired_F = explained(plain, pools.acts_ND[sample], np.zeros(len(sample)))
@@ -651,7 +702,7 @@ def finish_layer(
         getattr(rounded, name).data = getattr(rounded, name).data.to(torch.bfloat16).float()
     for kind, held in (("read_out", pools.held_readout_N), ("running", pools.held_running_N)):
         raw_ND = pools.acts_ND[held].astype(np.float32) * scale + mean_D.numpy()
-        groups = pools.template_N[held]
+        groups = pools.group_N[held]
         share, active, _ = explained(rounded, raw_ND, groups)
         facts |= {f"{kind}_variance": share, f"{kind}_l0": active, f"{kind}_positions": len(held)}
     save_dictionary(smaller, path, dict(metadata) | {"held_out_mix": facts})

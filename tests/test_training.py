@@ -9,18 +9,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from emosae_utils import training
 from emosae_utils.files import EmosaeError, read_json
+from emosae_utils.harvest import READOUT, RUNNING
+from emosae_utils.mix import PERSONS
 from emosae_utils.models import LM
 from emosae_utils.saes import load_dictionaries
-from emosae_utils.training import Pools, TrainConfig, explained, fold_scaling, prune, train_dictionaries, train_layer
+from emosae_utils.training import (
+    Pools,
+    TrainConfig,
+    add_span,
+    explained,
+    fold_scaling,
+    make_pools,
+    prune,
+    train_dictionaries,
+    train_layer,
+)
 from tests.test_mix import corpus_file
 
 D, PLANTED, ACTIVE = 32, 48, 3
-SMALL = TrainConfig(d_sae=64, k=ACTIVE, positions=400 * 256, batch=256, lr=4e-3)
+# Two latents fire for the span of the means of read-outs and of running text.
+SMALL = TrainConfig(d_sae=64, k=ACTIVE + 2, positions=400 * 256, batch=256, lr=4e-3)
 
 
 def planted(n: int = 12_000, seed: int = 0) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -37,36 +51,70 @@ def planted(n: int = 12_000, seed: int = 0) -> tuple[np.ndarray[Any, Any], np.nd
 
 def pools_of(acts_ND: np.ndarray[Any, Any], n_readouts: int) -> Pools:
     n = len(acts_ND)
-    template_N = np.where(np.arange(n) < n_readouts, "feeling", "")
-    readouts, running = np.arange(n_readouts), np.arange(n_readouts, n)
-    spread = [float(acts_ND[rows].astype(np.float32).var(axis=0).sum()) for rows in (readouts, running)]
-    return Pools(acts_ND, readouts[:-500], running[:-500], readouts[-500:], running[-500:], template_N, *spread)
+    is_readout = np.arange(n) < n_readouts
+    rows = pd.DataFrame(
+        {
+            "kind": np.where(is_readout, READOUT, RUNNING),
+            "template": np.where(is_readout, "feeling", ""),
+            "person": np.where(is_readout, PERSONS[0], ""),
+            "held_out": np.concatenate([np.arange(m) >= m - 500 for m in (n_readouts, n - n_readouts)]),
+        }
+    )
+    return make_pools(acts_ND, rows)
 
 
 @pytest.fixture(scope="module")
-def trained() -> Any:
-    return train_layer(pools_of(planted()[0], 6000), 0, SMALL)
+def pools() -> Pools:
+    return pools_of(planted()[0], 6000)
 
 
-def test_planted_directions_are_found(trained: Any) -> None:
-    _, directions_FD = planted()
-    learnt_FD = trained.W_dec.detach().numpy()
-    learnt_FD = learnt_FD / np.linalg.norm(learnt_FD, axis=1, keepdims=True)
-    best = (directions_FD @ learnt_FD.T).max(axis=1)
-    chance = (directions_FD @ np.random.default_rng(1).normal(size=(D, 64)) / np.sqrt(D)).max(axis=1)
-    assert (best > 0.9).mean() > 0.9
+@pytest.fixture(scope="module")
+def trained(pools: Pools) -> Any:
+    return train_layer(pools, 0, SMALL)
+
+
+@pytest.fixture(scope="module")
+def whole(pools: Pools, trained: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The dictionary for whole activations, before scaling is folded in."""
+    plain = training._inference(trained, tmp_path_factory.mktemp("plain"))
+    return add_span(plain, torch.from_numpy(pools.span_KD))
+
+
+def test_planted_directions_are_found(pools: Pools, trained: Any) -> None:
+    def unit(rows_FD: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        rows_FD = rows_FD - rows_FD @ pools.span_KD.T @ pools.span_KD
+        return rows_FD / np.linalg.norm(rows_FD, axis=1, keepdims=True)
+
+    directions_FD = unit(planted()[1])
+    best = (directions_FD @ unit(trained.W_dec.detach().numpy()).T).max(axis=1)
+    chance = (directions_FD @ unit(np.random.default_rng(1).normal(size=(64, D))).T).max(axis=1)
+    assert (best > 0.9).mean() > 0.85
     assert (chance > 0.9).mean() < 0.05
 
 
-def test_activations_without_structure_are_explained_far_less(trained: Any) -> None:
-    held = planted(2000, seed=5)[0]
-    noise = np.random.default_rng(2).normal(size=(12_000, D)).astype(np.float16)
+def test_activations_without_structure_are_explained_far_less(whole: Any) -> None:
+    held, noise = planted(2000, seed=5)[0], np.random.default_rng(2).normal(size=(12_000, D)).astype(np.float16)
     null = train_layer(pools_of(noise, 6000), 0, SMALL)
-    good, l0, _ = explained(trained, held, np.zeros(len(held)))
+    good, l0, _ = explained(whole, held, np.zeros(len(held)))
     bad, _, _ = explained(null, np.random.default_rng(3).normal(size=(2000, D)), np.zeros(2000))
-    assert good > 0.85
-    assert l0 <= ACTIVE + 1e-6
+    assert good > 0.8
+    assert l0 <= ACTIVE + 2
     assert bad < good - 0.3
+
+
+def test_latents_of_the_span_rebuild_it_exactly_and_blind_the_others(pools: Pools, trained: Any, whole: Any) -> None:
+    span_KD = torch.from_numpy(pools.span_KD)
+    n = trained.W_dec.shape[0]
+    assert whole.W_dec.shape[0] == n + 2 * len(span_KD)
+    acts_ND = torch.from_numpy(planted(300, seed=7)[0].astype(np.float32))
+    moved_ND = acts_ND + 50 * span_KD[0]
+    codes_NF, moved_NF = whole.encode(acts_ND), whole.encode(moved_ND)
+    # Nothing along the span changes what the other latents see.
+    pre_NF, pre_moved_NF = ((x - whole.b_dec) @ whole.W_enc[:, :n] for x in (acts_ND, moved_ND))
+    torch.testing.assert_close(pre_NF, pre_moved_NF, atol=1e-3, rtol=1e-3)
+    missed_N = ((whole.decode(moved_NF) - moved_ND) @ span_KD[0]).detach()
+    assert missed_N.abs().max().item() < 1e-2
+    assert (codes_NF[:, n:].count_nonzero(dim=1) <= len(span_KD)).all()
 
 
 def test_a_tight_cluster_is_learnt_beside_wide_text() -> None:
@@ -77,9 +125,10 @@ def test_a_tight_cluster_is_learnt_beside_wide_text() -> None:
     mixed = np.concatenate([tight_ND[:6000], acts_ND[:6000]]).astype(np.float16)
     pools = pools_of(mixed, 6000)
     shares = {}
-    for name, own in (("fair", pools), ("equal", replace(pools, var_readout=pools.var_running))):
-        sae = train_layer(own, 0, replace(SMALL, d_sae=128, k=4))
-        shares[name], _, _ = explained(sae, mixed[pools.held_readout_N], np.zeros(500))
+    equal = np.full_like(pools.unit_N, pools.unit_running)
+    for name, own in (("fair", pools), ("equal", replace(pools, unit_N=equal, weighted_unit_N=equal))):
+        sae = train_layer(own, 0, replace(SMALL, d_sae=128, k=5))
+        shares[name], _, _ = explained(sae, pools.varying(pools.held_readout_N), np.zeros(500))
     assert shares["fair"] > 0.6
     # Without weighing, the same training leaves the cluster out.
     assert shares["fair"] > shares["equal"] + 0.1
@@ -123,24 +172,26 @@ def _raise(line: str) -> None:
     raise RuntimeError(line)
 
 
-def test_folding_and_pruning_change_no_reconstruction(trained: Any, tmp_path: Path) -> None:
+def test_folding_and_pruning_change_no_reconstruction(whole: Any) -> None:
     acts_ND = torch.from_numpy(planted(500, seed=7)[0].astype(np.float32))
     mean_D, scale = torch.linspace(900, 1100, D), 37.0
-    plain = training._inference(trained, tmp_path)
+    plain, n = whole, whole.W_dec.shape[0]
     folded = copy.deepcopy(plain)
     fold_scaling(folded, mean_D, scale)
     raw_ND = acts_ND * scale + mean_D
-    torch.testing.assert_close(
-        folded.decode(folded.encode(raw_ND)), plain.decode(plain.encode(acts_ND)) * scale + mean_D
-    )
-    torch.testing.assert_close(folded.encode(raw_ND), plain.encode(acts_ND) * scale, rtol=1e-3, atol=1e-1)
-    torch.testing.assert_close(folded.W_dec.norm(dim=1), torch.ones(64))
+    codes_NF, expected_NF = folded.encode(raw_ND), plain.encode(acts_ND) * scale
+    # Rounding may swap two latents that tie for the last place, in a row or two of five hundred.
+    same_N = (codes_NF - expected_NF).abs().amax(dim=1) < 0.1
+    assert same_N.float().mean().item() > 0.99
+    made_ND = folded.decode(codes_NF)[same_N]
+    torch.testing.assert_close(made_ND, plain.decode(expected_NF / scale)[same_N] * scale + mean_D, rtol=1e-3, atol=0.1)
+    torch.testing.assert_close(folded.W_dec.norm(dim=1), torch.ones(n))
     fired_F = (plain.encode(acts_ND) > 0).any(dim=0).numpy()
     smaller = prune(plain, fired_F)
     assert smaller.W_dec.shape[0] == fired_F.sum() == smaller.cfg.d_sae
     torch.testing.assert_close(smaller.decode(smaller.encode(acts_ND)), plain.decode(plain.encode(acts_ND)))
     with pytest.raises(EmosaeError, match="train longer"):
-        prune(plain, np.zeros(64, dtype=bool))
+        prune(plain, np.zeros(n, dtype=bool))
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +200,7 @@ def made(tiny: Callable[[str], LM], tmp_path_factory: pytest.TempPathFactory) ->
     lm, folder = tiny("gemma3"), tmp_path_factory.mktemp("saes")
     options: dict[str, Any] = {
         "layers": [1, 2],
-        "config": TrainConfig(d_sae=64, k=8, positions=100 * 256, batch=256, lr=4e-3),
+        "config": TrainConfig(d_sae=64, k=14, positions=100 * 256, transfer_positions=60 * 256, batch=256),
         "n_prompts": 900,
         "n_running": 2000,
         "corpus": str(corpus_file(folder)),
@@ -166,7 +217,7 @@ def test_from_text_to_dictionaries(made: tuple[LM, Path, dict[str, Any]]) -> Non
         facts = read_json(folder / "out" / f"layer_{layer:02d}" / "cfg.json")["metadata"]["held_out_mix"]
         assert facts["features"] == dictionary.n_features
         assert facts["read_out_variance"] > 0.5
-        assert facts["read_out_l0"] <= 8
+        assert facts["read_out_l0"] <= 14
         torch.testing.assert_close(
             dictionary.sae.W_dec.norm(dim=1), torch.ones(dictionary.n_features), rtol=0.01, atol=0
         )
