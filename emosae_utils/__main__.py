@@ -111,7 +111,6 @@ def train_saes(
     prompts: Annotated[int, typer.Option(help="different emotion prompts in the mix")] = 100_000,
     running: Annotated[int, typer.Option(help="positions of running text in the mix")] = 110_000,
     layers_at_once: Annotated[int, typer.Option(help="layers on the disk together; all if 0")] = 0,
-    transfer: Annotated[bool, typer.Option(help="start each layer from the one before")] = True,
     keep: Annotated[bool, typer.Option(help="leave the activations on disk")] = False,
     dtype: Annotated[str | None, typer.Option(help="arithmetic of the model")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or auto")] = "auto",
@@ -134,7 +133,6 @@ def train_saes(
             n_running=running,
             corpus=corpus,
             layers_at_once=layers_at_once,
-            transfer=transfer,
             keep_harvest=keep,
             say=typer.echo,
         )

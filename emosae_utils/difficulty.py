@@ -226,7 +226,7 @@ def _codes(
     dictionary = load_dictionaries(lm, layers=[layer], check=False)[layer]
     fit_PF, held_PF = (dictionary.encode(torch.from_numpy(x[:, layer])).cpu().numpy() for x in (fit_PLD, held_PLD))
     y_P, groups = gold_indices(rows.fit, labels), rows.fit["group"]
-    probe = probes.fit_probe(fit_PF[:, None], y_P, groups, penalties=probes.CODE_PENALTIES, seed=settings.seed)
+    probe = probes.fit_probe(fit_PF[:, None], y_P, groups, codes=True, seed=settings.seed)
     return [_said(rows.measure, labels, probe.predict(held_PF[:, None]), method=CODES, variant="")]
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -29,8 +30,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 N_FOLDS = 4
 # Inverse penalties tried for standardised features of a few hundred dimensions and rows.
 PENALTIES: tuple[float, ...] = (0.001, 0.01)
-# Sparse codes are many and mostly zero, so a weaker penalty is tried for them too.
-CODE_PENALTIES: tuple[float, ...] = (*PENALTIES, 0.1)
+# For Pareto-scaled sparse codes.
+CODE_PENALTIES: tuple[float, ...] = (0.01, 0.1, 1.0)
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,31 @@ def grouped_folds(
     return iter(splitter.split(np.zeros(len(y_P)), y_P, groups=np.asarray(groups_P)))
 
 
-def _classifier(penalty: float) -> Pipeline:
-    return make_pipeline(StandardScaler(), LogisticRegression(C=penalty, max_iter=200))
+class ParetoScaler(TransformerMixin, BaseEstimator):
+    """Divide each feature by the square root of its standard deviation, without centring.
+
+    Halfway between leaving sparse codes as they are, where a few strong features drown the rest, and giving all of
+    them unit variance, where a feature that fired once counts as much as one that tells the classes apart
+    (van den Berg et al. 2006, doi:10.1186/1471-2164-7-142). A common factor makes the typical row one long.
+    """
+
+    def fit(self, x_PF: Array, y_P: Array | None = None) -> ParetoScaler:
+        """Learn the scales; a feature that never varies stays zero."""
+        spread_F = x_PF.std(axis=0)
+        self.scale_F = np.where(spread_F > 0, 1 / np.sqrt(np.where(spread_F > 0, spread_F, 1.0)), 0.0)
+        size = float(np.sqrt(((x_PF * self.scale_F) ** 2).sum(axis=1).mean()))
+        self.scale_F = self.scale_F / max(size, 1e-12) * np.sqrt(max(float((x_PF != 0).sum(axis=1).mean()), 1.0))
+        return self
+
+    def transform(self, x_PF: Array) -> Array:
+        """Apply the scales."""
+        scaled_PF: Array = x_PF * self.scale_F
+        return scaled_PF
+
+
+def _classifier(penalty: float, codes: bool = False) -> Pipeline:
+    scaler = ParetoScaler() if codes else StandardScaler()
+    return make_pipeline(scaler, LogisticRegression(C=penalty, max_iter=200))
 
 
 def _fit(pipeline: Pipeline, x_PD: Array, y_P: Array) -> Pipeline:
@@ -84,13 +108,19 @@ def _fit(pipeline: Pipeline, x_PD: Array, y_P: Array) -> Pipeline:
 
 
 def layer_curve(
-    resid_PLD: Array, y_P: Array, groups_P: Sequence[Any], *, penalty: float = PENALTIES[-1], seed: int = 0
+    resid_PLD: Array,
+    y_P: Array,
+    groups_P: Sequence[Any],
+    *,
+    penalty: float = PENALTIES[-1],
+    codes: bool = False,
+    seed: int = 0,
 ) -> Array:
-    """Cross-validated accuracy of a probe on each layer, [layers]."""
+    """Cross-validated accuracy of a probe on each layer, [layers]; `codes` says that features are sparse codes."""
     right_LP = np.zeros((resid_PLD.shape[1], len(y_P)))
     for train, test in grouped_folds(y_P, groups_P, seed=seed):
         for layer in range(resid_PLD.shape[1]):
-            probe = _fit(_classifier(penalty), resid_PLD[train, layer], y_P[train])
+            probe = _fit(_classifier(penalty, codes), resid_PLD[train, layer], y_P[train])
             right_LP[layer, test] = probe.predict(resid_PLD[test, layer]) == y_P[test]
     curve_L: Array = right_LP.mean(axis=1)
     return curve_L
@@ -101,7 +131,8 @@ def fit_probe(
     y_P: Array,
     groups_P: Sequence[Any],
     *,
-    penalties: Sequence[float] = PENALTIES,
+    penalties: Sequence[float] = (),
+    codes: bool = False,
     seed: int = 0,
 ) -> Probe:
     """Choose layer and penalty by grouped cross-validation on these rows, then fit on all of them.
@@ -110,15 +141,17 @@ def fit_probe(
         resid_PLD: features [rows, layers, width].
         y_P: class indices.
         groups_P: topic or writer of each row.
-        penalties: inverse L2 penalties to choose from.
+        penalties: inverse L2 penalties to choose from; `PENALTIES`, or `CODE_PENALTIES` for codes, if empty.
+        codes: the features are sparse codes, which are Pareto-scaled and not standardised.
         seed: of the fold assignment.
 
     Raises:
         EmosaeError: if there are too few groups.
     """
-    curves_CL = np.array([layer_curve(resid_PLD, y_P, groups_P, penalty=c, seed=seed) for c in penalties])
+    penalties = penalties or (CODE_PENALTIES if codes else PENALTIES)
+    curves_CL = np.array([layer_curve(resid_PLD, y_P, groups_P, penalty=c, codes=codes, seed=seed) for c in penalties])
     best_c, layer = (int(i) for i in np.unravel_index(int(curves_CL.argmax()), curves_CL.shape))
-    pipeline = _fit(_classifier(penalties[best_c]), resid_PLD[:, layer], y_P)
+    pipeline = _fit(_classifier(penalties[best_c], codes), resid_PLD[:, layer], y_P)
     return Probe(pipeline, layer, penalties[best_c], curves_CL[best_c])
 
 

@@ -21,7 +21,7 @@ from emosae_utils.data import EMOTIONS, load_corpus
 from emosae_utils.difficulty import gold_indices
 from emosae_utils.files import EmosaeError, read_json, write_json, write_table
 from emosae_utils.models import LM, load_model
-from emosae_utils.probes import CODE_PENALTIES, fit_probe
+from emosae_utils.probes import fit_probe
 from emosae_utils.saes import (
     Dictionary,
     available_layers,
@@ -204,7 +204,7 @@ def _probes(
     codes_PF = dictionary.encode(torch.from_numpy(acts_PD)).cpu().numpy()
     found: dict[str, Any] = {}
     for name, x_PD in (("residual", acts_PD), ("codes", codes_PF)):
-        probe = fit_probe(x_PD[:n_fit, None], y_P[:n_fit], groups, penalties=CODE_PENALTIES, seed=settings.seed)
+        probe = fit_probe(x_PD[:n_fit, None], y_P[:n_fit], groups, codes=name == "codes", seed=settings.seed)
         found[f"probe_{name}"] = float((probe.predict(x_PD[n_fit:, None]) == y_P[n_fit:]).mean())
     guessed = mean_differences(acts_PD[:n_fit], y_P[:n_fit], acts_PD[n_fit:])
     return found | {"probe_means": float((guessed == y_P[n_fit:]).mean())}

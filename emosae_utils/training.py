@@ -1,10 +1,8 @@
 """Train sparse autoencoders on a harvest, fold the scaling into them, prune what never fires, and save them.
 
 sae-lens does the training steps and knows the architectures; this module feeds it, watches it and makes it resumable.
-Layers are trained in order. From the second on, a dictionary starts from the one before it: the residual stream
-changes little from block to block, so most features need only be adjusted (layer-wise transfer, Ghilardi et al. 2024,
-doi:10.18653/v1/2024.blackboxnlp-1.32). Three things make dictionaries good at read-outs, where all prompts of one
-template share a constant many times longer than what differs from text to text:
+Three things make dictionaries good at read-outs, where all prompts of one template share a constant many times longer
+than what differs from text to text:
 
 - what lies in the span of the population means is rebuilt by latents of its own, and the others cannot see it; left in,
   the constant keeps the same few dozen latents on at every read-out, and the code is dense in disguise;
@@ -22,7 +20,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +59,6 @@ class TrainConfig:
         d_sae: latents before pruning, without those of the span.
         k: active latents per position, for the top-k architectures; those of the span included.
         positions: positions seen in training, repeats counted.
-        transfer_positions: the same for a layer that starts from the one before.
         batch: positions per step.
         lr: learning rate of Adam at its peak.
         readout_share: share of read-outs in every batch, and of their loss in the total.
@@ -71,8 +68,7 @@ class TrainConfig:
     architecture: str = "topk"
     d_sae: int = 1536
     k: int = 48
-    positions: int = 600_000
-    transfer_positions: int = 240_000
+    positions: int = 500_000
     batch: int = 1024
     lr: float = 4e-3
     readout_share: float = 0.6
@@ -283,26 +279,6 @@ def _start_from_data(sae: Any, pools: Pools, config: TrainConfig) -> None:
         sae.W_enc.data.mul_(max(best, 1e-3))
 
 
-def _start_from_before(sae: Any, pools: Pools, config: TrainConfig, start: Mapping[str, torch.Tensor]) -> None:
-    """Start from the parameters of the layer before; latents that are silent here start again from the data."""
-    with torch.no_grad():
-        for name, p in sae.named_parameters():
-            p.copy_(start[name])
-        some = np.concatenate([pools.readout_N[: SAMPLE // 2], pools.running_N[: SAMPLE // 2]])
-        _, _, fired_F = explained(sae, pools.varying(np.sort(some)), np.zeros(len(some)))
-        silent = torch.from_numpy(np.flatnonzero(fired_F == 0)).to(sae.device)
-        alive = torch.from_numpy(np.flatnonzero(fired_F > 0)).to(sae.device)
-        if not len(silent) or not len(alive):
-            return
-        w_ND = _directions(pools, config, len(silent), 8).to(sae.device)
-        # As long as the others, and no louder than a typical one of them.
-        sae.W_dec.data[silent] = w_ND * sae.W_dec.data[alive].norm(dim=1).median()
-        sae.W_enc.data[:, silent] = w_ND.T * sae.W_enc.data[:, alive].norm(dim=0).median()
-        for name, p in sae.named_parameters():
-            if name not in ("W_enc", "W_dec", "b_dec"):
-                p.data[silent] = p.data[alive].median()
-
-
 def _trainer(sae: Any, config: TrainConfig) -> Any:
     from sae_lens.config import LoggingConfig, SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
@@ -366,7 +342,6 @@ def train_layer(
     config: TrainConfig,
     *,
     state: Path | None = None,
-    start: dict[str, torch.Tensor] | None = None,
     device: str = "cpu",
     say: Callable[[str], None] = lambda line: None,
 ) -> Any:
@@ -377,7 +352,6 @@ def train_layer(
         layer: block index; a part of the seed.
         config: how to train.
         state: where the training's state is kept every few hundred steps, and found again after a kill.
-        start: parameters to start from, such as those of the layer before; None starts from the data.
         device: where the dictionary lives.
         say: receives a line now and then.
 
@@ -392,13 +366,9 @@ def train_layer(
     if hasattr(sae.cfg, "aux_loss_coefficient"):
         # Gao et al. 2024 weigh the loss of dead latents by 1/32 of the normalised error.
         sae.cfg.aux_loss_coefficient = 1 / 32 / pools.unit_running
-    if start is not None:
-        config = replace(config, positions=config.transfer_positions)
     resumed = state is not None and state.is_file()
-    if start is None and not resumed:
+    if not resumed:
         _start_from_data(sae, pools, config)
-    elif start is not None and not resumed:
-        _start_from_before(sae, pools, config, start)
     sae.mse_loss_fn = fair = _FairLoss(config.readouts, torch.from_numpy(pools.weight_D))
     trainer = _trainer(sae, config)
     if state is not None and resumed:
@@ -579,7 +549,6 @@ def train_dictionaries(
     n_running: int = 110_000,
     corpus: str = "",
     layers_at_once: int = 0,
-    transfer: bool = True,
     keep_harvest: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Path]:
@@ -595,7 +564,6 @@ def train_dictionaries(
         n_running: positions of running text in the mix.
         corpus: text to build the mix from, see `mix.read_documents`.
         layers_at_once: layers whose activations lie on the disk together; all if 0.
-        transfer: start each layer from the one before.
         keep_harvest: leave the activations on disk.
         say: receives one line at a time.
 
@@ -610,46 +578,36 @@ def train_dictionaries(
     recipe_sum = sha256_text(json.dumps(recipe, sort_keys=True, default=str))
     write_json(out / "recipe.json", recipe)
     size = layers_at_once or len(chosen)
-    start: dict[str, torch.Tensor] | None = None
+    key = sha256_text(lm.fingerprint, recipe_sum, json.dumps(asdict(config), sort_keys=True))
     made: list[Path] = []
     for at in range(0, len(chosen), size):
         group = chosen[at : at + size]
-        acts = work / f"activations_{group[0]:02d}_{group[-1]:02d}"
-        keys = [
-            sha256_text(
-                lm.fingerprint, recipe_sum, json.dumps([asdict(config), transfer, chosen[: chosen.index(x) + 1]])
-            )
-            for x in group
-        ]
-        paths = [(out / f"layer_{x:02d}", work / f"final_{x:02d}.safetensors") for x in group]
-        if all(_is_done(path, key) and final.is_file() for (path, final), key in zip(paths, keys, strict=True)):
+        paths = [out / f"layer_{layer:02d}" for layer in group]
+        if all(_is_done(path, key) for path in paths):
             say(f"layers {group[0]} to {group[-1]}: up to date")
-            start = load_file(paths[-1][1]) if transfer else None
             continue
+        acts = work / f"activations_{group[0]:02d}_{group[-1]:02d}"
         _require_room(lm, items, work, group, acts)
         rows = harvest(lm, items, acts, layers=group, say=say)
         scaling = np.load(acts / "scaling.npz")
         weight_LD = sensitivity(lm, items, group)
-        for i, (layer, (path, final), key) in enumerate(zip(group, paths, keys, strict=True)):
-            if _is_done(path, key) and final.is_file():
-                start = load_file(final) if transfer else None
+        for i, (layer, path) in enumerate(zip(group, paths, strict=True)):
+            if _is_done(path, key):
                 say(f"layer {layer}: up to date")
                 continue
             pools = load_pools(acts, layer, lm.d_model, rows, weight_LD[i])
-            state = work / f"state_{layer:02d}.safetensors"
-            sae = train_layer(pools, layer, config, state=state, start=start, device=lm.device, say=say)
-            with atomic_file(final) as temporary:
-                save_file({n: p.detach().contiguous() for n, p in sae.named_parameters()}, temporary)
+            # The seed is in the name: two seeds may share a work folder and its activations.
+            state = work / f"state_{layer:02d}_{key[:12]}.safetensors"
+            sae = train_layer(pools, layer, config, state=state, device=lm.device, say=say)
             metadata = {
                 "model_name": lm.profile.base,
                 "model_fingerprint": lm.fingerprint,
                 "hook_name": f"blocks.{layer}.hook_resid_post",
                 "training_key": key,
-                "training": asdict(config) | {"from_layer_before": start is not None, "recipe_sha256": recipe_sum},
+                "training": asdict(config) | {"recipe_sha256": recipe_sum},
             }
             mean_D, scale = torch.from_numpy(scaling["mean_LD"][i]), float(scaling["scale_L"][i])
             facts = finish_layer(sae, pools, mean_D, scale, path, metadata)
-            start = load_file(final) if transfer else None
             state.unlink(missing_ok=True)
             made.append(path)
             say(

@@ -76,3 +76,21 @@ def test_bag_of_words_reads_words_and_nothing_else() -> None:
     hidden = [" ".join(rng.choice(filler, 7)) for _ in y]
     assert (probes.bag_of_words(given[:60], y[:60], given[60:]) == y[60:]).mean() > 0.9
     assert (probes.bag_of_words(hidden[:60], y[:60], hidden[60:]) == y[60:]).mean() < 0.6
+
+
+def test_a_code_probe_finds_planted_sparse_features_and_nothing_in_shuffled_labels() -> None:
+    """Four hundred features, most of them rare; three tell the classes apart. Standardising drowns them."""
+    rng = np.random.default_rng(0)
+    n, groups = 600, (np.arange(600) % 12).tolist()
+    y_P = rng.integers(0, 3, size=n)
+    codes_PF = rng.exponential(5.0, size=(n, 400)) * (rng.random((n, 400)) < 0.01)
+    for e in range(3):
+        codes_PF[:, e] = np.where(rng.random(n) < np.where(y_P == e, 0.7, 0.1), rng.exponential(2.0, size=n), 0)
+    planted = probes.layer_curve(codes_PF[:, None], y_P, groups, penalty=0.1, codes=True)[0]
+    null = probes.layer_curve(codes_PF[:, None], rng.permutation(y_P), groups, penalty=0.1, codes=True)[0]
+    standardised = probes.layer_curve(codes_PF[:, None], y_P, groups, penalty=0.1)[0]
+    assert planted > 0.5 and planted > standardised + 0.05
+    assert null < 0.42
+    # Scale and unit of the activations do not matter.
+    again = probes.layer_curve(1000 * codes_PF[:, None], y_P, groups, penalty=0.1, codes=True)[0]
+    assert again == planted

@@ -200,7 +200,7 @@ def made(tiny: Callable[[str], LM], tmp_path_factory: pytest.TempPathFactory) ->
     lm, folder = tiny("gemma3"), tmp_path_factory.mktemp("saes")
     options: dict[str, Any] = {
         "layers": [1, 2],
-        "config": TrainConfig(d_sae=64, k=14, positions=100 * 256, transfer_positions=60 * 256, batch=256),
+        "config": TrainConfig(d_sae=64, k=14, positions=100 * 256, batch=256),
         "n_prompts": 900,
         "n_running": 2000,
         "corpus": str(corpus_file(folder)),
