@@ -225,9 +225,10 @@ def _codes(
         return []
     dictionary = load_dictionaries(lm, layers=[layer], check=False)[layer]
     fit_PF, held_PF = (dictionary.encode(torch.from_numpy(x[:, layer])).cpu().numpy() for x in (fit_PLD, held_PLD))
-    y_P, groups = gold_indices(rows.fit, labels), rows.fit["group"]
-    probe = probes.fit_probe(fit_PF[:, None], y_P, groups, codes=True, seed=settings.seed)
-    return [_said(rows.measure, labels, probe.predict(held_PF[:, None]), method=CODES, variant="")]
+    y_P, groups = gold_indices(rows.fit, labels), rows.fit["group"].tolist()
+    directions_FD = dictionary.sae.W_dec.detach().cpu().numpy()
+    probe = probes.fit_code_probe(fit_PF, directions_FD, y_P, groups, seed=settings.seed)
+    return [_said(rows.measure, labels, probe.predict(held_PF), method=CODES, variant="")]
 
 
 def _few_shot(lm: LM, rows: Rows, labels: Sequence[str], settings: Settings) -> list[pd.DataFrame]:

@@ -155,6 +155,47 @@ def fit_probe(
     return Probe(pipeline, layer, penalties[best_c], curves_CL[best_c])
 
 
+@dataclass(frozen=True)
+class CodeProbe:
+    """A linear probe on a sparse code, which may weigh features one by one or through their directions.
+
+    Attributes:
+        probe: the fitted probe.
+        directions_FD: decoder directions through which it reads; None if it reads the features themselves.
+    """
+
+    probe: Probe
+    directions_FD: Array | None
+
+    def predict(self, codes_PF: Array) -> Array:
+        """Class index of each row, [rows]."""
+        seen = codes_PF if self.directions_FD is None else codes_PF @ self.directions_FD
+        return self.probe.predict(seen[:, None])
+
+
+def fit_code_probe(
+    codes_PF: Array, directions_FD: Array, y_P: Array, groups_P: Sequence[Any], *, seed: int = 0
+) -> CodeProbe:
+    """Fit a linear probe to a sparse code in the better of two metrics, chosen by grouped cross-validation.
+
+    Either way the probe is a linear function of the code; what differs is what its penalty takes to be simple. The
+    first treats all features as unrelated. The second counts two features of similar direction as similar, which pays
+    where a dictionary has split one direction into many rarely active features.
+
+    Args:
+        codes_PF: activations [rows, features].
+        directions_FD: the features' decoder directions [features, d_model].
+        y_P: class indices.
+        groups_P: topic or writer of each row.
+        seed: of the fold assignment.
+    """
+    own = fit_probe(codes_PF[:, None], y_P, groups_P, codes=True, seed=seed)
+    together = fit_probe((codes_PF @ directions_FD)[:, None], y_P, groups_P, seed=seed)
+    if together.curve_L[0] > own.curve_L[0]:
+        return CodeProbe(together, directions_FD)
+    return CodeProbe(own, None)
+
+
 def shuffled_accuracies(
     probe: Probe, fit_PLD: Array, y_fit_P: Array, test_PLD: Array, y_test_P: Array, *, n: int, seed: int
 ) -> list[float]:

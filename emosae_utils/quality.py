@@ -21,7 +21,7 @@ from emosae_utils.data import EMOTIONS, load_corpus
 from emosae_utils.difficulty import gold_indices
 from emosae_utils.files import EmosaeError, read_json, write_json, write_table
 from emosae_utils.models import LM, load_model
-from emosae_utils.probes import fit_probe
+from emosae_utils.probes import fit_code_probe, fit_probe
 from emosae_utils.saes import (
     Dictionary,
     available_layers,
@@ -202,10 +202,13 @@ def _probes(
 ) -> dict[str, Any]:
     """Held-out accuracy of linear probes on the residual, on the codes, and along difference-of-means directions."""
     codes_PF = dictionary.encode(torch.from_numpy(acts_PD)).cpu().numpy()
-    found: dict[str, Any] = {}
-    for name, x_PD in (("residual", acts_PD), ("codes", codes_PF)):
-        probe = fit_probe(x_PD[:n_fit, None], y_P[:n_fit], groups, codes=name == "codes", seed=settings.seed)
-        found[f"probe_{name}"] = float((probe.predict(x_PD[n_fit:, None]) == y_P[n_fit:]).mean())
+    directions_FD = dictionary.sae.W_dec.detach().cpu().numpy()
+    residual = fit_probe(acts_PD[:n_fit, None], y_P[:n_fit], groups, seed=settings.seed)
+    coded = fit_code_probe(codes_PF[:n_fit], directions_FD, y_P[:n_fit], groups, seed=settings.seed)
+    found: dict[str, Any] = {
+        "probe_residual": float((residual.predict(acts_PD[n_fit:, None]) == y_P[n_fit:]).mean()),
+        "probe_codes": float((coded.predict(codes_PF[n_fit:]) == y_P[n_fit:]).mean()),
+    }
     guessed = mean_differences(acts_PD[:n_fit], y_P[:n_fit], acts_PD[n_fit:])
     return found | {"probe_means": float((guessed == y_P[n_fit:]).mean())}
 

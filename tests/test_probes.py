@@ -94,3 +94,20 @@ def test_a_code_probe_finds_planted_sparse_features_and_nothing_in_shuffled_labe
     # Scale and unit of the activations do not matter.
     again = probes.layer_curve(1000 * codes_PF[:, None], y_P, groups, penalty=0.1, codes=True)[0]
     assert again == planted
+
+
+def test_a_code_probe_sees_a_direction_that_was_split_into_many_features() -> None:
+    """Sixty features share one of three directions; each fires rarely, and only their direction tells the class."""
+    rng = np.random.default_rng(1)
+    n, n_features = 360, 180
+    groups, y_P = (np.arange(n) % 12).tolist(), rng.integers(0, 3, size=n)
+    kind_F = np.arange(n_features) % 3
+    directions_FD = np.eye(3)[kind_F] + 0.05 * rng.normal(size=(n_features, 3))
+    rate_PF = np.where(kind_F[None] == y_P[:, None], 0.04, 0.01)
+    codes_PF = (rng.random((n, n_features)) < rate_PF) * 1.0
+    fit, test = slice(0, 240), slice(240, n)
+    found = probes.fit_code_probe(codes_PF[fit], directions_FD, y_P[fit], groups[fit])
+    assert found.directions_FD is not None
+    assert (found.predict(codes_PF[test]) == y_P[test]).mean() > 0.65
+    null = probes.fit_code_probe(codes_PF[fit], directions_FD, rng.permutation(y_P[fit]), groups[fit])
+    assert (null.predict(codes_PF[test]) == y_P[test]).mean() < 0.45

@@ -11,10 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from emosae_utils import saes
-from emosae_utils.files import EmosaeError
+from emosae_utils.data import load_corpus
+from emosae_utils.files import EmosaeError, check_manifest, read_json
 from emosae_utils.models import LM, decoder_layers
 from emosae_utils.saes import Dictionary, load_dictionaries, random_dictionary, splice_losses, splice_scores
 from emosae_utils.scoring import build_prompts, read_out
@@ -316,3 +317,49 @@ def test_no_network_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     ) as info:
         saes._published("gemma-scope-2b-pt-res-canonical", 3, "cpu")
     assert "\n" not in str(info.value)
+
+
+# The dictionaries that come with the repository.
+
+
+@pytest.mark.parametrize("name", ["gemma-3-270m", "smollm2-135m"])
+def test_shipped_dictionaries_are_whole(name: str, request: pytest.FixtureRequest) -> None:
+    lm: LM = request.getfixturevalue({"gemma-3-270m": "gemma", "smollm2-135m": "smollm"}[name])
+    assert saes.available_layers(lm) == tuple(range(lm.n_layers))
+    for layer in range(lm.n_layers):
+        folder = saes.shipped_dir(name) / f"layer_{layer:02d}"
+        assert check_manifest(folder) is None
+        tensors = load_file(folder / "sae_weights.safetensors")
+        assert {k: v.dtype for k, v in tensors.items() if v.ndim == 2} == dict.fromkeys(
+            ("W_dec", "W_enc"), torch.bfloat16
+        )
+        metadata = read_json(folder / "cfg.json")["metadata"]
+        assert metadata["model_fingerprint"] == lm.fingerprint
+        assert metadata["held_out_mix"]["features"] == tensors["W_dec"].shape[0]
+
+
+def test_shipped_dictionaries_stay_small() -> None:
+    sizes = [p.stat().st_size for p in saes.shipped_dir("").rglob("*.safetensors")]
+    assert sum(sizes) <= 200e6
+    assert max(sizes) < 5e6
+
+
+def test_shipped_dictionaries_explain_new_read_outs_and_keep_the_model_exact(gemma: LM) -> None:
+    layers = [2, 9, 16]
+    found = load_dictionaries(gemma, layers=layers)
+    frame = load_corpus("emoscenes").frame.groupby("emotion").head(8)
+    prompts = build_prompts(gemma, frame)
+    read = read_out(gemma, prompts, layers=layers)
+    assert read.resid_PLD is not None
+    for i, layer in enumerate(layers):
+        x_PD = torch.from_numpy(read.resid_PLD[:, i])
+        assert saes.variance_explained(x_PD, found[layer].reconstruct(x_PD)) > 0.7
+        assert (found[layer].encode(x_PD) > 0).sum(dim=1).float().mean() <= 48
+    few = build_prompts(gemma, frame.head(2))
+    kept_PRE = splice_scores(gemma, few, found, keep_error=True)
+    np.testing.assert_allclose(kept_PRE[:, :-1], np.repeat(kept_PRE[:, -1:], len(layers), axis=1), atol=1e-4)
+
+
+def test_dictionaries_of_one_model_are_refused_by_another(smollm: LM) -> None:
+    with pytest.raises(EmosaeError, match=r"reads 640 dimensions and smollm2-135m has 576"):
+        load_dictionaries(smollm, str(saes.shipped_dir("gemma-3-270m")), layers=[3])
