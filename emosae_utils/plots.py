@@ -29,7 +29,7 @@ from emosae_utils.difficulty import (
     VOTE,
     WORDS,
 )
-from emosae_utils.flow import ABOVE, RESPONSIVE, TOP
+from emosae_utils.flow import ABOVE, MEAN, RESPONSIVE, TOP
 
 COLOURS: dict[str, str] = {
     "anger": "#D55E00",
@@ -497,10 +497,11 @@ def flow_features(table: pd.DataFrame, dataset: str) -> Figure:
         ax.set_axis_off()
         ax.text(0, 0.5, "No model of this run has dictionaries.", va="center")
         return figure
-    figure, axes = plt.subplots(1, 3, figsize=(10.4, 3.1), sharex=True)
+    figure, axes = plt.subplots(1, 4, figsize=(12.6, 3.1), sharex=True)
     here = table[table["dataset"] == dataset]
     titles = {
-        TOP: "mutual information of the\nmost informative features",
+        MEAN: "mutual information,\nall active features",
+        TOP: "the most informative",
         ABOVE: "beyond their own null",
         RESPONSIVE: "responsive, FDR 5 %",
     }
@@ -515,7 +516,7 @@ def flow_features(table: pd.DataFrame, dataset: str) -> Figure:
             if measure != RESPONSIVE:
                 ax.plot(line["depth"], line["null_high"], color=colour, lw=0.8, ls=":")
         ax.set_title(titles[measure], fontsize=10)
-        ax.set_ylabel("nats" if measure == TOP else "share of active features")
+        ax.set_ylabel("nats" if measure in (MEAN, TOP) else "share of active features")
         ax.set_ylim(0, None)
         ax.set_xlabel("depth")
     axes[0].legend(fontsize=8, loc="best")

@@ -23,7 +23,7 @@ from emosae_utils.scoring import build_prompts, read_out
 from tests.test_saes import write
 
 Array = np.ndarray[Any, np.dtype[Any]]
-SETTINGS = Settings(rows_per_emotion=96, permutations=40, probe_shuffles=10, bootstraps=60)
+SETTINGS = Settings(rows_per_emotion=96, permutations=30, probe_shuffles=6, bootstraps=50)
 LAYERS, WIDTH, NOISE = 12, 60, 0.25
 # From this layer on each kind of information is there, with this strength.
 ONSETS = {FORM: 0, TOPIC: 4, EMOTION: 8}
@@ -78,16 +78,16 @@ def true_share(factor: str, present: list[str]) -> float:
 
 
 def planted_reading(onsets: Mapping[str, int], design: flow.Design = DESIGN, seed: int = 0) -> flow.Reading:
-    """The planted stream, and codes of which 24 features of 66 tell of the emotion from its onset on."""
+    """The planted stream, and codes of which 60 features of 120 tell of the emotion from its onset on."""
     rng = np.random.default_rng(seed + 1)
     codes = {}
     for layer in range(LAYERS):
-        codes_PF = rng.exponential(1.0, size=(len(design), 66)) * (rng.random((len(design), 66)) < 0.2)
+        codes_PF = rng.exponential(1.0, size=(len(design), 120)) * (rng.random((len(design), 120)) < 0.2)
         codes_PF[:, :2] += 2.0 * (design.levels["person"][:, None] == np.arange(2))
         if layer >= onsets[TOPIC]:
-            codes_PF[:, 50:66] += 2.0 * (design.levels[TOPIC][:, None] == np.arange(16))
+            codes_PF[:, 104:] += 2.0 * (design.levels[TOPIC][:, None] == np.arange(16))
         if layer >= onsets[EMOTION]:
-            codes_PF[:, 2:26] += 2.0 * (design.levels[EMOTION][:, None] == np.arange(24) % 6)
+            codes_PF[:, 2:62] += 2.0 * (design.levels[EMOTION][:, None] == np.arange(60) % 6)
         codes[layer] = csr_array(codes_PF.astype(np.float32))
     stream = planted_stream(design, onsets, seed)
     return flow.Reading("planted", LAYERS, tuple(range(LAYERS)), design, {RESIDUAL: stream}, codes)
@@ -307,13 +307,13 @@ def test_planted_features_are_the_responsive_ones(found: flow.Measured) -> None:
     rng = np.random.default_rng(0)
     told = flow.feature_information(codes_PF, DESIGN, partition.weights_RG, 60, rng)
     responsive = set(told.features_F[told.responsive()])
-    assert set(range(2, 26)) <= responsive and len(responsive) <= 29
-    assert abs(np.delete(told.value_F, np.arange(2, 26)).mean()) < 0.003
-    value, draws_R, null_N = told.top(24)
+    assert set(range(2, 62)) <= responsive and len(responsive) <= 70
+    assert abs(np.delete(told.value_F, np.arange(2, 62)).mean()) < 0.003
+    value, draws_R, null_N = told.top(60)
     assert value > 5 * np.quantile(null_N, 0.95) and draws_R.std() > 0
     assert draws_R.mean() == pytest.approx(value)
     early = found.features[flow.RESPONSIVE].value_L[:8]
-    assert early.mean() < 0.02 and found.features[flow.RESPONSIVE].value_L[8:].min() >= 24 / 66
+    assert early.mean() < 0.02 and found.features[flow.RESPONSIVE].value_L[8:].min() >= 60 / 120
 
 
 def test_phases_of_known_profiles_and_of_noise() -> None:
