@@ -1143,10 +1143,9 @@ def setting(study: Study) -> str:
             f"{design.n_blocks} {'topics' if TOPIC in design.levels else 'bundles of writers'} are resampled.{lacks}"
         )
     for (model, dataset), m in study.measured.items():
-        read = len(m.reading.layers)
-        with_codes = f"{len(m.reading.codes)} of the {read} layers read" if m.reading.codes else "no layer"
+        have, read = len(m.reading.codes), len(m.reading.layers)
         notes = "".join(f" Note: {note}." for note in m.reading.notes)
-        lines.append(f"{model} on {dataset}: {with_codes} has a dictionary.{notes}")
+        lines.append(f"{model} on {dataset}: layers with a dictionary: {have} of the {read} read.{notes}")
     return "\n\n".join(lines)
 
 
