@@ -29,6 +29,7 @@ from emosae_utils.difficulty import (
     VOTE,
     WORDS,
 )
+from emosae_utils.flow import ABOVE, MEAN, RESPONSIVE, TOP
 
 COLOURS: dict[str, str] = {
     "anger": "#D55E00",
@@ -368,4 +369,223 @@ def dictionary_stability(table: pd.DataFrame, threshold: float = 0.7) -> Figure:
         ax.set_xlabel("cosine of nearest")
     axes[0][0].set_ylabel("share of features")
     axes[0][0].legend(fontsize=8, loc="upper left")
+    return figure
+
+
+# One colour and one dash per kind of information, in every figure of the chapter on flow.
+FLOW_STYLES: dict[str, dict[str, Any]] = {
+    "form": {"color": "#0072B2", "ls": "--"},
+    "topic": {"color": "#009E73", "ls": (0, (5, 1.5, 1, 1.5))},
+    "emotion": {"color": "#D55E00", "ls": "-"},
+    "person": {"color": "#56B4E9", "ls": "--"},
+    "tense": {"color": "#332288", "ls": ":"},
+    "length": {"color": "#999999", "ls": "-."},
+}
+FLOW_PLACES = ("codes", "residual", "attention", "FFN")
+FLOW_MARKERS = {"form": "s", "topic": "D", "emotion": "o"}
+
+
+def _flow_grid(table: pd.DataFrame, dataset: str, height: float) -> tuple[Figure, list[tuple[Axes, str, str]]]:
+    """A panel per model (row) and representation (column), shared axes, with its labels."""
+    here = table[table["dataset"] == dataset]
+    models = list(dict.fromkeys(here["model"]))
+    places = [p for p in FLOW_PLACES if p in set(here["representation"])]
+    figure, grid = plt.subplots(
+        len(models), len(places), figsize=(3.1 * len(places) + 0.8, height * len(models)),
+        sharex=True, sharey="row", squeeze=False,
+    )  # fmt: skip
+    panels = []
+    for row, model in enumerate(models):
+        for column, place in enumerate(places):
+            ax = grid[row][column]
+            ax.set_title(f"{model}\n{place}" if column == 0 else place, fontsize=10, loc="left")
+            if row == len(models) - 1:
+                ax.set_xlabel("depth")
+            panels.append((ax, model, place))
+    return figure, panels
+
+
+def _flow_part(table: pd.DataFrame, dataset: str, model: str, place: str) -> pd.DataFrame:
+    keep = (table["dataset"] == dataset) & (table["model"] == model) & (table["representation"] == place)
+    return table[keep]
+
+
+def _banded(ax: Axes, line: pd.DataFrame, colour: str, label: str, **style: Any) -> None:
+    """A curve over depth with its interval as a band."""
+    banded = line.rename(columns={"low": "value_low", "high": "value_high"})
+    _over_depth(ax, banded, "value", colour, label, "value_low", **style)
+
+
+def _flow_curves(ax: Axes, lines: pd.DataFrame, factors: Sequence[str], column: str = "factor") -> None:
+    """Curves with bands and, thin, what shuffled labels stay below."""
+    for factor in factors:
+        line = lines[lines[column] == factor].sort_values("depth")
+        if len(line):
+            style = FLOW_STYLES[factor]
+            _banded(ax, line, style["color"], factor, ls=style["ls"])
+            ax.plot(line["depth"], line["null_high"], color=style["color"], lw=0.7, ls=":")
+
+
+def _flow_legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    found = {n: h for ax in axes for h, n in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(
+        found.values(), found, loc="outside lower center", ncols=max(1, len(found)), frameon=False, fontsize=9
+    )
+
+
+def flow_shares(shares: pd.DataFrame, phases: pd.DataFrame, dataset: str) -> Figure:
+    """Variance within wordings that goes with form, topic and emotion, over depth; the chosen boundaries as lines."""
+    figure, panels = _flow_grid(shares, dataset, 2.7)
+    for ax, model, place in panels:
+        _flow_curves(ax, _flow_part(shares, dataset, model, place), ("form", "topic", "emotion"))
+        if len(phases):
+            cuts = _flow_part(phases, dataset, model, place)
+            for row in cuts[(cuts["what"] == "boundary") & cuts["chosen"]].itertuples():
+                ax.axvspan(row.depth_low, row.depth_high, color="#777777", alpha=0.15, lw=0)
+                ax.axvline(row.depth_value, color="#444444", lw=0.8)
+        ax.axhline(0, color="#bbbbbb", lw=0.6)
+        if place == panels[0][2]:
+            ax.set_ylabel("share of variance\nwithin wordings")
+    _flow_legend(figure, [ax for ax, _, _ in panels])
+    return figure
+
+
+def flow_surface(shares: pd.DataFrame, dataset: str) -> Figure:
+    """Left: all variance that goes with the wording of the question. Right: the parts of the text's own form."""
+    here = shares[shares["dataset"] == dataset]
+    models = list(dict.fromkeys(here["model"]))
+    figure, grid = plt.subplots(len(models), 2, figsize=(8.4, 2.6 * len(models)), sharex=True, squeeze=False)
+    dashes = ("-", "--", ":", "-.")
+    for (left, right), model in zip(grid, models, strict=True):
+        lines = here[here["model"] == model]
+        for place, colour, dash in zip(FLOW_PLACES, MODEL_COLOURS, dashes, strict=True):
+            line = lines[(lines["representation"] == place) & (lines["factor"] == "template")]
+            if len(line):
+                _banded(left, line, colour, place, ls=dash)
+        place = next(p for p in FLOW_PLACES if p in set(lines["representation"]))
+        _flow_curves(right, lines[lines["representation"] == place], ("person", "tense", "length"))
+        left.set_title(f"{model} · wording", fontsize=10)
+        right.set_title(f"{model} · form of the text, {place}", fontsize=10)
+        left.set_ylabel("share of all variance")
+        right.set_ylabel("share within wordings")
+        left.set_ylim(0, 1.02)
+        for ax in (left, right):
+            if ax.has_data():
+                ax.legend(fontsize=8, loc="best")
+    for ax in grid[-1]:
+        ax.set_xlabel("depth")
+    return figure
+
+
+def flow_probes(table: pd.DataFrame, dataset: str) -> Figure:
+    """Accuracy of linear probes over depth, with what shuffled labels reach."""
+    figure, panels = _flow_grid(table, dataset, 2.7)
+    for ax, model, place in panels:
+        lines = _flow_part(table, dataset, model, place)
+        _flow_curves(ax, lines, ("person", "tense", "topic", "emotion"))
+        ax.set_ylim(0, 1.02)
+        if place == panels[0][2]:
+            ax.set_ylabel("accuracy, left-out groups")
+    _flow_legend(figure, [ax for ax, _, _ in panels])
+    return figure
+
+
+def flow_features(table: pd.DataFrame, dataset: str) -> Figure:
+    """What single features tell of the emotion over depth, one panel per measure, one line per model."""
+    if not len(table) or dataset not in set(table["dataset"]):
+        figure, ax = plt.subplots(figsize=(5, 0.8))
+        ax.set_axis_off()
+        ax.text(0, 0.5, "No model of this run has dictionaries.", va="center")
+        return figure
+    figure, axes = plt.subplots(1, 4, figsize=(12.6, 3.1), sharex=True)
+    here = table[table["dataset"] == dataset]
+    titles = {
+        MEAN: "mutual information,\nall active features",
+        TOP: "the most informative",
+        ABOVE: "beyond their own null",
+        RESPONSIVE: "responsive, FDR 5 %",
+    }
+    for ax, measure in zip(axes, titles, strict=True):
+        for colour, dash, (model, line) in zip(
+            MODEL_COLOURS,
+            ("-", "--", ":", "-."),
+            here[here["measure"] == measure].groupby("model", sort=False),
+            strict=False,
+        ):
+            _banded(ax, line, colour, model, ls=dash, marker="o", ms=3)
+            if measure != RESPONSIVE:
+                ax.plot(line["depth"], line["null_high"], color=colour, lw=0.8, ls=":")
+        ax.set_title(titles[measure], fontsize=10)
+        ax.set_ylabel("nats" if measure in (MEAN, TOP) else "share of active features")
+        ax.set_ylim(0, None)
+        ax.set_xlabel("depth")
+    axes[0].legend(fontsize=8, loc="best")
+    return figure
+
+
+def flow_lens(table: pd.DataFrame, dataset: str) -> Figure:
+    """Logit lens over depth: accuracy raw and calibrated, and the calibrated gold difference of each emotion."""
+    here = table[table["dataset"] == dataset]
+    models = list(dict.fromkeys(here["model"]))
+    figure, grid = plt.subplots(len(models), 2, figsize=(9.0, 2.9 * len(models)), sharex=True, squeeze=False)
+    for (left, right), model in zip(grid, models, strict=True):
+        lines = here[here["model"] == model]
+        shown = (("accuracy, raw", "#888888", "--"), ("accuracy, calibrated", "#0072B2", "-"))
+        for measure, colour, dash in shown:
+            line = lines[lines["measure"] == measure]
+            _banded(left, line, colour, measure.split(", ")[1], ls=dash)
+        left.plot(line["depth"], line["null_high"], color="#0072B2", lw=0.8, ls=":", label="shuffled labels, 95 %")
+        gaps = lines[(lines["measure"] == "gold difference") & (lines["emotion"] != "all")]
+        for emotion in (e for e in COLOURS if e in set(gaps["emotion"])):
+            line = gaps[gaps["emotion"] == emotion]
+            _banded(
+                right,
+                line,
+                COLOURS[emotion],
+                emotion,
+                marker=MARKERS[emotion],
+                ms=4,
+                lw=1.4,
+                markevery=3,
+            )
+        right.axhline(0, color="#444444", lw=0.8)
+        left.set_ylim(0, None)
+        left.set_title(f"{model} · accuracy of the lens", fontsize=10)
+        right.set_title(f"{model} · gold logit difference (nats)", fontsize=10)
+        left.legend(fontsize=8, loc="best")
+        right.legend(fontsize=7, loc="upper left", ncols=2)
+    for ax in grid[-1]:
+        ax.set_xlabel("depth")
+    return figure
+
+
+def flow_phases(phases: pd.DataFrame, dataset: str) -> Figure:
+    """Onsets of form, topic and emotion, and chosen phase boundaries, with intervals, per representation."""
+    if not len(phases) or dataset not in set(phases["dataset"]):
+        figure, ax = plt.subplots(figsize=(5, 0.8))
+        ax.set_axis_off()
+        ax.text(0, 0.5, "Too few layers were read to look for phases.", va="center")
+        return figure
+    here = phases[phases["dataset"] == dataset]
+    models = list(dict.fromkeys(here["model"]))
+    order = [p for p in ("codes", "residual", "residual, raw", "attention", "FFN") if p in set(here["representation"])]
+    figure, axes = plt.subplots(
+        1, len(models), figsize=(4.8 * len(models) + 0.6, 0.62 * len(order) + 1.3), sharey=True, squeeze=False
+    )
+    for ax, model in zip(axes[0], models, strict=True):
+        for row in here[(here["model"] == model) & here["chosen"]].itertuples():
+            y = order.index(row.representation)
+            ends = [[row.depth_value - row.depth_low], [row.depth_high - row.depth_value]]
+            if row.what == "boundary":
+                ax.errorbar([row.depth_value], [y + 0.3], xerr=ends, fmt="|", color="#444444", ms=11, elinewidth=1)
+                continue
+            style = {"color": FLOW_STYLES[row.name]["color"], "fmt": FLOW_MARKERS[row.name], "ms": 6, "elinewidth": 1.4}
+            shift = {"form": -0.24, "topic": -0.08, "emotion": 0.08}[row.name]
+            ax.errorbar([row.depth_value], [y + shift], xerr=np.maximum(ends, 0), label=row.name, **style)
+        ax.set_yticks(range(len(order)), order)
+        ax.set_ylim(len(order) - 0.4, -0.6)
+        ax.set_xlim(-0.03, 1.03)
+        ax.set_xlabel("depth")
+        ax.set_title(model)
+    _flow_legend(figure, list(axes[0]))
     return figure

@@ -98,6 +98,8 @@ class Readout:
         layers: block indices of `resid_PLD`.
         full_strings: whether labels were scored over their full strings (False: by their first token).
         notes: what the reader should know, such as a fallback that was taken.
+        attn_PLD, ffn_PLD: what attention and the feed-forward network of each block added to the residual stream,
+            like `resid_PLD`; None unless asked for.
     """
 
     scores_PE: FloatArray
@@ -106,6 +108,8 @@ class Readout:
     layers: tuple[int, ...] = ()
     full_strings: bool = True
     notes: tuple[str, ...] = field(default=())
+    attn_PLD: FloatArray | None = None
+    ffn_PLD: FloatArray | None = None
 
 
 def options_text(labels: Sequence[str]) -> str:
@@ -259,6 +263,7 @@ def read_out(
     prompts: Prompts,
     *,
     layers: Sequence[int] = (),
+    parts: bool = False,
     mode: Literal["full", "first"] = "full",
     batch_tokens: int | None = None,
     progress: str = "",
@@ -269,6 +274,7 @@ def read_out(
         lm: the model.
         prompts: from `build_prompts`.
         layers: blocks whose output is read; none by default.
+        parts: also read what attention and the feed-forward network of these blocks add to the stream.
         mode: "full" scores the whole label string. "first" scores its first token, which is enough to rank labels
             whose first tokens differ; where they do not, it falls back to "full" and says so in `notes`.
         batch_tokens: tokens per forward pass; the profile's hint if None. It changes speed, not results.
@@ -278,7 +284,7 @@ def read_out(
         Scores in nats, in the order of `prompts`.
 
     Raises:
-        EmosaeError: for a layer out of range or scores that are not finite.
+        EmosaeError: for a layer out of range, scores that are not finite, or `parts` of an unknown architecture.
     """
     bad = [layer for layer in layers if not 0 <= layer < lm.n_layers]
     if bad:
@@ -293,7 +299,8 @@ def read_out(
     if n_shared < MIN_SHARED_TOKENS:
         n_shared = 0
     scores_PE = np.full((len(prompts), len(prompts.labels)), np.nan)
-    resid_PLD = np.empty((len(prompts), len(layers), lm.d_model), dtype=np.float32) if layers else None
+    n_sites = 0 if not layers else 3 if parts else 1
+    read_SPLD = np.empty((n_sites, len(prompts), len(layers), lm.d_model), dtype=np.float32)
     with torch.no_grad():
         cache = _prefix_cache(lm, prompts.ids[0][:n_shared]) if n_shared else None
         lengths = [len(ids) - n_shared for ids in prompts.ids]
@@ -302,19 +309,22 @@ def read_out(
         bar = tqdm(total=len(prompts), desc=progress, disable=_quiet(progress))
         for batch in _batches(lengths, batch_tokens or lm.profile.batch_tokens, spread):
             suffixes = [prompts.ids[i][n_shared:] for i in batch]
-            logits_BV, resid_BLD, past = _forward(lm, suffixes, cache, layers, keep_cache=continued)
+            logits_BV, read_SBLD, past = _forward(lm, suffixes, cache, layers, keep_cache=continued, parts=parts)
             logp_BV = torch.log_softmax(logits_BV.float(), dim=-1)
             scores_BE = logp_BV[:, [ids[0] for ids in prompts.label_ids]].double()
             if continued:
                 scores_BE += _continuations(lm, past, len(batch), prompts.label_ids)
             scores_PE[batch] = scores_BE.cpu().numpy()
-            if resid_PLD is not None and resid_BLD is not None:
-                resid_PLD[batch] = resid_BLD.float().cpu().numpy()
+            if read_SBLD is not None:
+                read_SPLD[:, batch] = read_SBLD.float().cpu().numpy()
             bar.update(len(batch))
         bar.close()
     if not np.isfinite(scores_PE).all():
         raise EmosaeError(f"{lm.name} gave scores that are not finite in {lm.dtype}; use dtype='float32'")
-    return Readout(scores_PE, resid_PLD, prompts.labels, tuple(layers), mode == "full", notes)
+    resid_PLD, attn_PLD, ffn_PLD = (*read_SPLD, None, None, None)[:3]
+    return Readout(
+        scores_PE, resid_PLD, prompts.labels, tuple(layers), mode == "full", notes, attn_PLD=attn_PLD, ffn_PLD=ffn_PLD
+    )
 
 
 def _quiet(progress: str) -> bool | None:
@@ -329,10 +339,31 @@ def _prefix_cache(lm: LM, prefix: Sequence[int]) -> Any:
     return lm.hf(torch.tensor([list(prefix)], device=lm.device), use_cache=True, logits_to_keep=1).past_key_values
 
 
+def _normed_parts(lm: LM) -> bool:
+    """Whether blocks normalise what attention and feed-forward network give before they add it (Gemma 2 and 3).
+
+    Raises:
+        EmosaeError: if the blocks are built in another way.
+    """
+    block = decoder_layers(lm.hf)[0]
+    if not hasattr(block, "self_attn") or not hasattr(block, "mlp"):
+        raise EmosaeError(f"the blocks of {lm.name} hold no self_attn and mlp; their parts cannot be read")
+    # Llama also has a post_attention_layernorm, which is the norm before its feed-forward network.
+    return hasattr(block, "post_feedforward_layernorm")
+
+
 def _forward(
-    lm: LM, suffixes: Sequence[Sequence[int]], cache: Any, layers: Sequence[int], keep_cache: bool
+    lm: LM,
+    suffixes: Sequence[Sequence[int]],
+    cache: Any,
+    layers: Sequence[int],
+    keep_cache: bool,
+    parts: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
-    """Run right-padded suffixes after an optional shared prefix; return read-out logits, residuals and the cache."""
+    """Run right-padded suffixes after an optional shared prefix; return read-out logits, residuals and the cache.
+
+    Residuals come as [sites, rows, layers, d_model]: the stream, and with `parts` what attention and FFN added.
+    """
     last_B = torch.tensor([len(s) - 1 for s in suffixes], device=lm.device)
     rows_B = torch.arange(len(suffixes), device=lm.device)
     width = int(last_B.max()) + 1
@@ -357,16 +388,24 @@ def _forward(
     # would make one from the padding token.
     n_past = 0 if cache is None else cache.get_seq_length()
     mask_BT = torch.ones((len(suffixes), n_past + width), dtype=torch.long, device=lm.device)
+    normed = parts and _normed_parts(lm)
     with lm.nn.trace({"input_ids": tokens_BS, "attention_mask": mask_BT}, **options):
         read = []
         for layer in range(lm.n_layers):
             if layer in layers:
-                read.append(blocks[layer].output[rows_B, last_B])
-        read_LBD = nnsight.save(torch.stack(read))
+                sites = []
+                if normed:
+                    sites.append(blocks[layer].post_attention_layernorm.output[rows_B, last_B])
+                    sites.append(blocks[layer].post_feedforward_layernorm.output[rows_B, last_B])
+                elif parts:
+                    sites.append(blocks[layer].self_attn.output[0][rows_B, last_B])
+                    sites.append(blocks[layer].mlp.output[rows_B, last_B])
+                read.append(torch.stack([blocks[layer].output[rows_B, last_B], *sites]))
+        read_LSBD = nnsight.save(torch.stack(read))
         out = lm.nn.output.save()
     order = [sorted(layers).index(layer) for layer in layers]
-    resid_BLD = read_LBD[order].transpose(0, 1)
-    return out.logits[rows_B, last_B - first_kept], resid_BLD, out.past_key_values
+    read_SBLD = read_LSBD[order].permute(1, 2, 0, 3)
+    return out.logits[rows_B, last_B - first_kept], read_SBLD, out.past_key_values
 
 
 def _continuations(lm: LM, past: Any, n_rows: int, label_ids: Sequence[Sequence[int]]) -> torch.Tensor:
