@@ -512,7 +512,7 @@ def features_stability(stability: pd.DataFrame, sensitivity: pd.DataFrame) -> Fi
         others = sensitivity[sensitivity["model"] == model] if len(sensitivity) else sensitivity
         groups = others.groupby("versus", sort=False) if len(others) else []
         for k, ((versus, line), (colour, marker)) in enumerate(zip(groups, styles, strict=False)):
-            at = line["set"].map(order.index) + (k - 0.5) * 0.2
+            at = np.array([order.index(s) for s in line["set"]], dtype=float) + (k - 0.5) * 0.2
             ax.plot(line["value"], at, ls="", marker=marker, color=colour, ms=5, label=versus)
         ax.plot(here["chance"], y - 0.24, ls="", marker="|", ms=9, color="#777777", label="chance")
         ax.set_yticks(y, order)
@@ -535,7 +535,9 @@ def features_replication(table: pd.DataFrame) -> Figure:
         here = table[(table["model"] == model) & (table["features"] > 0)]
         for k, (source, (colour, marker)) in enumerate(zip(sources, styles, strict=False)):
             line = here[here["measured_on"] == source]
-            y = line["set"].map(order.index) + (k - (len(sources) - 1) / 2) * 0.2
+            if line.empty:
+                continue
+            y = np.array([order.index(s) for s in line["set"]], dtype=float) + (k - (len(sources) - 1) / 2) * 0.2
             error = [line["value"] - line["low"], line["high"] - line["value"]]
             ax.errorbar(line["value"], y, xerr=error, fmt=marker, color=colour, ms=5, elinewidth=1.2, label=source)
         ax.axvline(0, color="#444444", lw=0.8)
@@ -544,5 +546,6 @@ def features_replication(table: pd.DataFrame) -> Figure:
         ax.set_xlabel("contrast (standard deviations)")
         ax.set_title(model)
     handles, names = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=8)
+    if handles:
+        figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=8)
     return figure

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,7 +16,7 @@ from scipy.sparse import csr_array
 from scipy.stats import gamma
 from sklearn.metrics import mutual_info_score
 
-from emosae_utils import difficulty, features
+from emosae_utils import difficulty, features, plots
 from emosae_utils.codes import Codes, encode_residuals, load_codes
 from emosae_utils.data import EMOTIONS
 from emosae_utils.features import RESPONSIVE, SHARED, SPECIFIC, Settings
@@ -218,6 +219,45 @@ def test_shuffled_labels_give_nothing(lm: LM, monkeypatch: pytest.MonkeyPatch) -
     )
     claims = features.claim_table(measured, replication, SETTINGS).set_index("kind")
     assert claims.loc["both", "verdict"] == "not supported"
+
+
+@pytest.mark.parametrize("something", [True, False])
+def test_every_figure_and_sentence_survives_finding_little(
+    lm: LM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, something: bool
+) -> None:
+    """One responsive feature, or none: nothing is divided by zero, and the text says so."""
+    settings = replace(SETTINGS, shuffles=2, resamples=2, bootstraps=20)
+    little: dict[int, list[tuple[str, ...]]] = {layer: [] for layer in range(4)}
+    measured = measure(lm, monkeypatch, with_topic(planted_frame()), little | {2: [("disgust",)]}, settings)
+    kept = (measured.table["layer"] == 2) & (measured.table["feature"] == 0) & something
+    quiet = {f"in_{e}": measured.table[f"in_{e}"] & kept for e in EMOTIONS}
+    table = measured.table.assign(responsive=kept, kind=measured.table["kind"].where(kept, ""), **quiet)
+    measured = replace(measured, table=table, resampled=measured.resampled.head(0))
+    study = features.Study({"planted": measured}, {"planted": rows_of(measured)}, ("isear",), ("a note",))
+    tables = features.save(study, settings, tmp_path)
+    tree = features.emotion_tree(measured.held_out, table, EMOTIONS, settings)
+    for figure in (
+        plots.features_counts(tables["counts"]),
+        plots.features_entropy(tables["features"], {"planted": measured.cut}),
+        plots.features_overlap(tables["overlap"], tables["coactivation"], "planted"),
+        plots.features_trees({"planted": tree}),
+        plots.features_stability(tables["stability"], tables["sensitivity"]),
+        plots.features_replication(tables["replication"]),
+    ):
+        figure.savefig(tmp_path / "figure.png")
+        plt.close(figure)
+    said = [
+        features.rows_note(study),
+        features.selection_finding(tables, "planted", settings),
+        features.cut_finding(measured.cut, tables["features"]),
+        features.claim_finding(tables["claims"], "planted"),
+        features.overlap_finding(tables, "planted"),
+        features.replication_finding(tables["replication"], "planted", EMOTIONS),
+        features.stability_finding(tables, "planted"),
+    ]
+    assert f"{int(something)} of " in said[1] and "nan" not in " ".join(said)
+    assert "not supported" in said[3] and ("nothing to cut" in said[2]) != something
+    assert ("no emotion has a set" in said[5]) != something
 
 
 def test_one_kind_alone_does_not_support_the_claim(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
