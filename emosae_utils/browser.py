@@ -522,7 +522,12 @@ SCRIPT = """<script>(function () {
   const root = document.currentScript.parentElement, table = root.querySelector("table");
   const bodies = Array.from(table.tBodies), heads = Array.from(table.tHead.rows[0].cells);
   const status = root.querySelector("[role=status]"), field = root.querySelector("input");
-  const words = bodies.map(b => b.textContent.toLowerCase());
+  // Every card names every emotion in its bars and beside its texts; those would match any search for one.
+  const words = bodies.map(b => {
+    const copy = b.cloneNode(true);
+    copy.querySelectorAll(".bar, em, h5").forEach(e => e.remove());
+    return copy.textContent.toLowerCase();
+  });
   field.addEventListener("input", () => {
     const asked = field.value.toLowerCase().split(/\\s+/).filter(Boolean);
     let n = 0;

@@ -44,8 +44,9 @@ LEVELS = 3
 CHUNK = 8_000_000
 # Two sums of the same numbers in another order differ by less.
 SAME = 1e-9
-# A mixture is not fitted to fewer values.
+# A mixture is not fitted to fewer values, nor are profiles of fewer features compared.
 MIN_MIXTURE = 20
+MIN_PROFILE = 5
 
 
 @dataclass(frozen=True)
@@ -525,11 +526,13 @@ def coactivation_table(codes: Codes, table: pd.DataFrame, labels: Sequence[str],
     """How strongly each emotion's set responds to the texts of each emotion.
 
     Columns: set, text, value, low, high (mean over the set's features of the mean activation on these texts, in
-    standard deviations from the mean over all texts; intervals over groups).
+    standard deviations from the mean over all texts; intervals over groups). All NaN for a set without features.
     """
     z_PN, here = responses(codes, table), table[table["responsive"]]
     member_NX = here[[f"in_{e}" for e in labels]].to_numpy(dtype=float)
-    score_PX = z_PN @ (member_NX / np.maximum(member_NX.sum(axis=0), 1))
+    sizes_X = member_NX.sum(axis=0)
+    score_PX = z_PN @ (member_NX / np.where(sizes_X > 0, sizes_X, 1.0))
+    score_PX[:, sizes_X == 0] = np.nan
     y_P = difficulty.gold_indices(codes.rows, labels)
     means_RXK = cell_means(score_PX, y_P, codes.rows["group"], len(labels), _weights(codes.rows, settings))
     return pd.DataFrame(
@@ -641,9 +644,9 @@ def _clades(merges: Array) -> list[frozenset[int]]:
 
 
 def emotion_tree(codes: Codes, table: pd.DataFrame, labels: Sequence[str], settings: Settings) -> Tree | None:
-    """Cluster the emotions by their mean responses over the responsive features; None if fewer than two respond."""
+    """Cluster the emotions by their mean responses over the responsive features; None if hardly any respond."""
     z_PN, y_P = responses(codes, table), difficulty.gold_indices(codes.rows, labels)
-    if z_PN.shape[1] < 2:
+    if z_PN.shape[1] < MIN_PROFILE:
         return None
     _, group_P = np.unique(codes.rows["group"], return_inverse=True)
     hot_PK = np.eye(len(labels))[y_P]
@@ -1048,6 +1051,8 @@ def overlap_finding(tables: Mapping[str, pd.DataFrame], model: str, emotion: str
     active = tables["coactivation"].query("model == @model and set == @emotion").set_index("text")
     if overlap.empty or active.empty:
         return ""
+    if active["value"].isna().all():
+        return f"**{model}**: no feature belongs to {emotion}."
     overlap = overlap.assign(
         other=np.where(overlap["first"] == emotion, overlap["second"], overlap["first"]),
         p_holm=stats.holm(overlap["p_more"].tolist()),

@@ -450,7 +450,7 @@ def features_overlap(overlap: pd.DataFrame, active: pd.DataFrame, model: str) ->
     """Overlap of the emotions' sets, the same relative to chance, and activity of each set on texts of each emotion."""
     here, active = overlap[overlap["model"] == model], active[active["model"] == model]
     emotions = [e for e in COLOURS if e in set(active["set"])]
-    figure, axes = plt.subplots(1, 3, figsize=(12.6, 4.2))
+    figure, axes = plt.subplots(1, 3, figsize=(10.4, 3.7))
     for ax, value, title, centre in (
         (axes[0], "jaccard", "overlap (Jaccard)", None),
         (axes[1], "ratio", "overlap / expected", 1.0),
@@ -463,7 +463,7 @@ def features_overlap(overlap: pd.DataFrame, active: pd.DataFrame, model: str) ->
             style |= {"vmin": 0, "vmax": 2}
         _square(ax, table, title, **style)
     table = active.pivot_table(index="set", columns="text", values="value").reindex(index=emotions, columns=emotions)
-    bound = max(0.1, float(table.abs().max().max()))
+    bound = max(0.1, float(np.abs(np.nan_to_num(table.to_numpy())).max()))
     _square(axes[2], table, "activity on held-out texts", cmap="vlag", center=0, vmin=-bound, vmax=bound)
     axes[2].set_xlabel("texts of")
     axes[2].set_ylabel("set of")
