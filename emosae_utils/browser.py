@@ -427,7 +427,7 @@ def _row(i: int, item: FeatureCard) -> str:
     opener = f'<button type="button" class="open" aria-expanded="false">{item.name}</button>'
     return (
         f'<tbody><tr><th scope="row" data-v="{key}">{opener}</th>{"".join(cells)}</tr>'
-        f'<tr class="card" hidden><td colspan="{len(_COLUMNS)}">{_body(item)}</td></tr></tbody>'
+        f'<tr class="detail" hidden><td colspan="{len(_COLUMNS)}">{_body(item)}</td></tr></tbody>'
     )
 
 
@@ -481,6 +481,7 @@ def _body(item: FeatureCard) -> str:
     return "".join(blocks)
 
 
+# The book's theme brings rules for plain class names such as "card"; none of them is used here.
 _DARK = "--ink:#e6e6e6;--faint:#9aa0a6;--line:#454a50;--ground:#1f2327;--bar:#56B4E9;--shade:86,180,233"
 _SHADE_RULES = "".join(
     f".emosae-features .s{s}{{background:rgba(var(--shade),{0.12 + 0.6 * s / SHADES:.2f})}}"
@@ -491,10 +492,11 @@ STYLE = (
     "--shade:230,159,0;color:var(--ink);font-size:.9rem}"
     f'html[data-theme="dark"] .emosae-features{{{_DARK}}}'
     f"@media (prefers-color-scheme:dark){{html:not([data-theme]) .emosae-features{{{_DARK}}}}}"
+    ".emosae-features [hidden]{display:none!important}"
     ".emosae-features .scroll{overflow:auto;max-height:80vh;border:1px solid var(--line)}"
     ".emosae-features table,.bd-article .cell_output .emosae-features table{border-collapse:collapse;width:100%;"
     "color:var(--ink)!important;font-size:.9em;margin:0;display:table}"
-    ".emosae-features th,.emosae-features td{padding:.25em .6em!important;text-align:left;vertical-align:top;"
+    ".emosae-features th,.emosae-features td{padding:.25em .4em!important;text-align:left;vertical-align:top;"
     "border-top:1px solid var(--line);color:var(--ink)!important;font-weight:400}"
     ".emosae-features thead th{position:sticky;top:0;background:var(--ground);border-top:0;z-index:1}"
     ".emosae-features button{all:unset;cursor:pointer;font-weight:600;color:var(--ink)}"
@@ -502,7 +504,7 @@ STYLE = (
     '.emosae-features th[aria-sort="ascending"] button::after{content:" ▲"}'
     '.emosae-features th[aria-sort="descending"] button::after{content:" ▼"}'
     ".emosae-features .open{text-decoration:underline;white-space:nowrap}"
-    ".emosae-features tr.card td,.bd-article .cell_output .emosae-features tr.card td{white-space:normal;"
+    ".emosae-features tr.detail td,.bd-article .cell_output .emosae-features tr.detail td{white-space:normal;"
     "background:var(--ground)}"
     ".emosae-features input{font:inherit;color:var(--ink);background:var(--ground);border:1px solid var(--line);"
     "border-radius:4px;padding:.2em .5em;width:18em;max-width:60%}"
