@@ -589,3 +589,183 @@ def flow_phases(phases: pd.DataFrame, dataset: str) -> Figure:
         ax.set_title(model)
     _flow_legend(figure, list(axes[0]))
     return figure
+
+
+def _note(text: str) -> Figure:
+    """A figure that says why there is nothing to draw."""
+    figure, ax = plt.subplots(figsize=(6, 0.8))
+    ax.set_axis_off()
+    ax.text(0, 0.5, text, va="center")
+    return figure
+
+
+def features_counts(counts: pd.DataFrame) -> Figure:
+    """Share of testable features that respond to emotion over layers (top), and the size of each emotion's set."""
+    models = list(dict.fromkeys(counts["model"]))
+    figure, grid = plt.subplots(2, len(models), figsize=(4.9 * len(models), 5.0), sharex="col", squeeze=False)
+    for column, model in enumerate(models):
+        here = counts[counts["model"] == model]
+        top, bottom = grid[0][column], grid[1][column]
+        line = here[here["set"] == "responsive"]
+        top.plot(line["layer"], line["share"], color="#222222", marker="o", ms=4, lw=1.6, label="responsive")
+        high = line["null_high"] / line["testable"].clip(lower=1)
+        top.fill_between(line["layer"], 0, high, color="#999999", alpha=0.5, lw=0, label="95 % of shuffles")
+        top.set_ylim(0, max(0.05, 1.1 * float(line["share"].max())))
+        top.set_title(model)
+        for emotion in (e for e in COLOURS if e in set(here["set"])):
+            own = here[here["set"] == emotion]
+            style = {"color": COLOURS[emotion], "marker": MARKERS[emotion], "ms": 4, "lw": 1.3}
+            bottom.plot(own["layer"], own["features"], label=emotion, **style)
+        bottom.set_ylim(0, None)
+        bottom.set_xlabel("layer")
+        bottom.xaxis.get_major_locator().set_params(integer=True)
+    grid[0][0].set_ylabel("share of testable features")
+    grid[1][0].set_ylabel("features in the set")
+    grid[0][0].legend(fontsize=8, loc="best")
+    handles, names = grid[1][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=3 * len(models), frameon=False, fontsize=9)
+    return figure
+
+
+def features_entropy(table: pd.DataFrame, cuts: dict[str, Any]) -> Figure:
+    """Normalised entropy of the responsive features, the same under permuted labels, the mixture and the cut."""
+    table = table[table["responsive"]]
+    models = [m for m in cuts if (table["model"] == m).any()]
+    if not models:
+        return _note("No feature responds.")
+    figure, axes = plt.subplots(1, len(models), figsize=(4.9 * len(models), 3.2), sharey=True, squeeze=False)
+    bins = np.linspace(0, 1, 51)
+    x = np.linspace(0, 1, 400)
+    for ax, model in zip(axes[0], models, strict=True):
+        here, cut = table[table["model"] == model], cuts[model]
+        ax.hist(here["entropy"], bins=bins, density=True, color="#0072B2", alpha=0.55, label="responsive features")
+        style: dict[str, Any] = {"density": True, "histtype": "step", "color": "#777777", "lw": 1.4}
+        ax.hist(here["entropy_shuffled"], bins=bins, label="same, labels permuted", **style)
+        for mean, spread, share in zip(cut.means, cut.spreads, cut.shares, strict=True):
+            curve = share / (spread * np.sqrt(2 * np.pi)) * np.exp(-0.5 * ((x - mean) / spread) ** 2)
+            ax.plot(x, curve, color="#D55E00", lw=1.4)
+        ax.axvline(cut.value, color="#222222", ls="-" if cut.natural else "--", lw=1)
+        ax.set_xlim(0.1 * np.floor(10 * min(cut.value, float(table["entropy"].min())) - 0.1), 1)
+        ax.set_xlabel("normalised entropy over emotions")
+        ax.set_title(model)
+    # The curve of a permuted feature near 1 would flatten the rest.
+    tallest = max(
+        float(np.histogram(table.loc[table["model"] == m, "entropy"], bins, density=True)[0].max()) for m in models
+    )
+    axes[0][0].set_ylim(0, 1.25 * tallest)
+    axes[0][0].set_ylabel("density")
+    axes[0][0].legend(fontsize=8, loc="upper left")
+    return figure
+
+
+def _square(ax: Axes, table: pd.DataFrame, title: str, **style: Any) -> None:
+    sns.heatmap(table, ax=ax, annot=True, fmt=".2f", annot_kws={"size": 8}, cbar=False, square=True, **style)
+    ax.set_title(title, fontsize=10)
+    ax.grid(False)
+    ax.tick_params(axis="x", rotation=40)
+    ax.tick_params(axis="y", rotation=0)
+
+
+def features_overlap(overlap: pd.DataFrame, active: pd.DataFrame, model: str) -> Figure:
+    """Overlap of the emotions' sets, the same relative to chance, and activity of each set on texts of each emotion."""
+    here, active = overlap[overlap["model"] == model], active[active["model"] == model]
+    emotions = [e for e in COLOURS if e in set(active["set"])]
+    figure, axes = plt.subplots(1, 3, figsize=(10.4, 3.7))
+    for ax, value, title, centre in (
+        (axes[0], "jaccard", "overlap (Jaccard)", None),
+        (axes[1], "ratio", "overlap / expected", 1.0),
+    ):
+        table = pd.DataFrame(np.nan, index=emotions, columns=emotions)
+        for first, second, number in here[["first", "second", value]].itertuples(index=False):
+            table.loc[first, second] = table.loc[second, first] = number
+        style: dict[str, Any] = {"cmap": "cividis", "vmin": 0} if centre is None else {"cmap": "vlag", "center": centre}
+        if centre is not None:
+            style |= {"vmin": 0, "vmax": 2}
+        _square(ax, table, title, **style)
+    table = active.pivot_table(index="set", columns="text", values="value").reindex(index=emotions, columns=emotions)
+    bound = max(0.1, float(np.abs(np.nan_to_num(table.to_numpy())).max()))
+    _square(axes[2], table, "activity on held-out texts", cmap="vlag", center=0, vmin=-bound, vmax=bound)
+    axes[2].set_xlabel("texts of")
+    axes[2].set_ylabel("set of")
+    return figure
+
+
+def features_trees(trees: dict[str, Any]) -> Figure:
+    """Emotions joined by the likeness of their feature profiles; numbers are bootstrap support."""
+    from scipy.cluster.hierarchy import dendrogram
+
+    models = [m for m, tree in trees.items() if tree is not None]
+    if not models:
+        return _note("Too few features respond to compare profiles.")
+    figure, axes = plt.subplots(1, len(models), figsize=(4.9 * len(models), 2.9), squeeze=False)
+    for ax, model in zip(axes[0], models, strict=True):
+        tree, merges = trees[model], np.asarray(trees[model].merges)
+        drawn = dendrogram(
+            merges, labels=list(tree.labels), ax=ax, orientation="right", link_color_func=lambda _: "#555555"
+        )
+        heights = {round(float(height), 9): support for height, support in zip(merges[:, 2], tree.support, strict=True)}
+        for across, along in zip(drawn["dcoord"], drawn["icoord"], strict=True):
+            support = heights[round(float(across[1]), 9)]
+            if across[1] < merges[-1, 2]:
+                y = (along[1] + along[2]) / 2
+                ax.text(across[1], y, f" {support:.2f}", va="center", ha="right", fontsize=8)
+        for label in ax.get_yticklabels():
+            label.set_color(COLOURS.get(label.get_text(), "#222222"))
+        ax.set_xlabel("1 - correlation of profiles")
+        ax.grid(False)
+        ax.set_title(model)
+    return figure
+
+
+def features_stability(stability: pd.DataFrame, sensitivity: pd.DataFrame) -> Figure:
+    """Overlap of each set with itself on resampled topics, under other wordings and in other datasets, and chance."""
+    models = list(dict.fromkeys(stability["model"]))
+    figure, axes = plt.subplots(1, len(models), figsize=(4.9 * len(models), 3.9), sharey=True, squeeze=False)
+    order = list(dict.fromkeys(stability["set"]))
+    styles = (("#D55E00", "s"), ("#009E73", "^"), ("#A6518A", "v"), ("#E69F00", "P"), ("#56B4E9", "X"))
+    for ax, model in zip(axes[0], models, strict=True):
+        here = stability[stability["model"] == model].set_index("set").loc[order]
+        y = np.arange(len(order))
+        error = [here["value"] - here["low"], here["high"] - here["value"]]
+        style: dict[str, Any] = {"fmt": "o", "color": "#222222", "ms": 5, "elinewidth": 1.2}
+        ax.errorbar(here["value"], y - 0.24, xerr=error, label="topics resampled", **style)
+        others = sensitivity[sensitivity["model"] == model] if len(sensitivity) else sensitivity
+        groups = others.groupby("versus", sort=False) if len(others) else []
+        for k, ((versus, line), (colour, marker)) in enumerate(zip(groups, styles, strict=False)):
+            at = np.array([order.index(s) for s in line["set"]], dtype=float) + (k - 0.5) * 0.2
+            ax.plot(line["value"], at, ls="", marker=marker, color=colour, ms=5, label=versus)
+        ax.plot(here["chance"], y - 0.24, ls="", marker="|", ms=9, color="#777777", label="chance")
+        ax.set_yticks(y, order)
+        ax.set_ylim(len(order) - 0.4, -0.6)
+        ax.set_xlim(-0.02, 1.02)
+        ax.set_xlabel("overlap with the full set (Jaccard)")
+        ax.set_title(model)
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=2 * len(models), frameon=False, fontsize=8)
+    return figure
+
+
+def features_replication(table: pd.DataFrame) -> Figure:
+    """Contrast of every set on the texts it was selected on, on held-out texts, and on other datasets."""
+    models, sources = list(dict.fromkeys(table["model"])), list(dict.fromkeys(table["measured_on"]))
+    figure, axes = plt.subplots(1, len(models), figsize=(4.9 * len(models), 3.7), sharey=True, squeeze=False)
+    order = [e for e in (*COLOURS, "specific", "shared") if e in set(table["set"])]
+    styles = (("#999999", "o"), ("#0072B2", "s"), ("#D55E00", "^"), ("#009E73", "v"), ("#A6518A", "P"))
+    for ax, model in zip(axes[0], models, strict=True):
+        here = table[(table["model"] == model) & (table["features"] > 0)]
+        for k, (source, (colour, marker)) in enumerate(zip(sources, styles, strict=False)):
+            line = here[here["measured_on"] == source]
+            if line.empty:
+                continue
+            y = np.array([order.index(s) for s in line["set"]], dtype=float) + (k - (len(sources) - 1) / 2) * 0.2
+            error = [line["value"] - line["low"], line["high"] - line["value"]]
+            ax.errorbar(line["value"], y, xerr=error, fmt=marker, color=colour, ms=5, elinewidth=1.2, label=source)
+        ax.axvline(0, color="#444444", lw=0.8)
+        ax.set_yticks(range(len(order)), order)
+        ax.set_ylim(len(order) - 0.4, -0.6)
+        ax.set_xlabel("contrast (standard deviations)")
+        ax.set_title(model)
+    handles, names = axes[0][0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=8)
+    return figure
