@@ -33,6 +33,7 @@ from threadpoolctl import threadpool_limits
 from emosae_utils import probes, scoring, stats
 from emosae_utils.codes import encode_residuals
 from emosae_utils.data import EMOTIONS, cards, is_present, load_corpus
+from emosae_utils.features import activation_bins, permutation_null
 from emosae_utils.files import EmosaeError, pick, write_json, write_table
 from emosae_utils.models import LM, load_model
 from emosae_utils.saes import Dictionary, available_layers, load_dictionaries
@@ -389,16 +390,6 @@ def ridge_right(gram_PP: Array, labels_NP: Array, folds_P: Array, *, ridge: floa
     return right_NP
 
 
-def _bins(codes_PF: Array) -> Array:
-    """0 where a feature is silent, else 1 to 3 by the terciles of its positive activations, [prompts, features]."""
-    falling_PF = -np.sort(-codes_PF, axis=0)
-    fired_F = (codes_PF > 0).sum(axis=0)
-    at_F = np.arange(codes_PF.shape[1])
-    low_F, high_F = (falling_PF[np.minimum((fired_F * k) // 3, len(codes_PF) - 1), at_F] for k in (2, 1))
-    binned_PF: Array = (codes_PF > 0).astype(np.int8) + ((codes_PF > low_F) & (codes_PF > 0)) + (codes_PF > high_F)
-    return binned_PF
-
-
 def _plug_in(counts_XBE: Array) -> Array:
     """Mutual information of bins and labels from their counts [..., bins, labels], nats."""
     total = np.maximum(counts_XBE.sum(axis=(-2, -1), keepdims=True), 1e-12)
@@ -413,15 +404,6 @@ def _counts(binned_PF: Array, labels_P: Array, n_labels: int) -> Array:
     y_PE = (labels_P[:, None] == np.arange(n_labels)).astype(np.float32)
     counts_FBE: Array = np.stack([(binned_PF == b).astype(np.float32).T @ y_PE for b in range(4)], axis=1)
     return counts_FBE
-
-
-def mutual_information(codes_PF: Array, y_P: Array) -> Array:
-    """Plug-in mutual information of each feature with the label, [features], nats.
-
-    Activations are binned as zero and the terciles of the positive values.
-    """
-    information_F: Array = _plug_in(_counts(_bins(codes_PF), y_P, int(y_P.max()) + 1))
-    return information_F
 
 
 @dataclass(frozen=True)
@@ -476,14 +458,11 @@ def feature_information(
 ) -> Information:
     """Mutual information of single features with the emotion, its null within strata, and its bootstrap draws."""
     features_F = np.flatnonzero((codes_PF > 0).sum(axis=0) >= MIN_ACTIVE)
-    binned_PF, y_P = _bins(codes_PF[:, features_F]), design.levels[EMOTION]
+    active_PF, y_P = codes_PF[:, features_F], design.levels[EMOTION]
+    binned_PF = activation_bins(active_PF)
     n_labels = int(y_P.max()) + 1
     orders_NP = shuffles(strata(design, EMOTION), n, rng)
-    # Labels of all shuffles side by side: one product instead of n.
-    shifted_CP = y_P[orders_NP]
-    y_PC = (shifted_CP.T[:, :, None] == np.arange(n_labels)).reshape(len(y_P), -1).astype(np.float32)
-    counts_FBC = np.stack([(binned_PF == b).astype(np.float32).T @ y_PC for b in range(4)], axis=1)
-    null_FN = _plug_in(counts_FBC.reshape(len(features_F), 4, n, n_labels).transpose(0, 2, 1, 3))
+    null_FN = permutation_null(active_PF, y_P[orders_NP].T, n_labels)
     counts_GFBE = np.stack([_counts(binned_PF[i], y_P[i], n_labels) for i in _slices(design.blocks_P)])
     value_F = _plug_in(counts_GFBE.sum(axis=0))
     flat_GC = counts_GFBE.reshape(len(counts_GFBE), -1)

@@ -288,19 +288,6 @@ def test_probes_never_see_what_they_are_measured_on() -> None:
     assert flow.ridge_right(gram_PP, labels_P[None], np.arange(len(DESIGN)) % 4).mean() > 0.99
 
 
-def test_mutual_information_of_known_features() -> None:
-    y_P = np.repeat(np.arange(6), 100)
-    sign, silent = (y_P == 2).astype(float) * 3.0, np.zeros(600)
-    level = np.tile([0.0, 1.0, 2.0, 3.0], 150)
-    codes_PF = np.stack([sign, silent, np.where(y_P < 3, 1.0, 0.0), level], axis=1)
-    # One class against five: H(1/6); half of the classes: log 2; independent of the class by construction: 0.
-    known = [-(np.log(1 / 6) / 6 + 5 * np.log(5 / 6) / 6), 0.0, np.log(2), 0.0]
-    np.testing.assert_allclose(flow.mutual_information(codes_PF, y_P), known, atol=1e-6)
-    three = np.where(y_P < 3, y_P + 1.0, 0.0)
-    # Three activation levels for three classes and silence for the others: bins tell all but which silent class.
-    np.testing.assert_allclose(flow.mutual_information(three[:, None], y_P), [np.log(6) - np.log(3) / 2], atol=1e-6)
-
-
 def test_planted_features_are_the_responsive_ones(found: flow.Measured) -> None:
     partition = flow.make_partition(DESIGN, SETTINGS)
     codes_PF = found.reading.codes[LAYERS - 1].toarray()
