@@ -213,6 +213,8 @@ def _values(what: str, value: Any, shapes: Sequence[tuple[int, ...]]) -> FloatAr
     Raises:
         EmosaeError: if it is none, is of another shape or is not finite.
     """
+    if value is None:
+        raise EmosaeError(f"{what} needs a value, got None")
     try:
         array = np.asarray(value.detach().cpu() if isinstance(value, torch.Tensor) else value, dtype=float)
     except (TypeError, ValueError):
@@ -805,8 +807,9 @@ def run_edits(
 
     - "zero": None.
     - "set": what is put in place, a number for a feature, [d_model] for a stream.
-    - "mean": None; the mean over the prompts of this call.
-    - "patch": the index of the prompt to take the activation or vector from; random indices make it resampling.
+    - "mean": None; the mean over the unedited prompts of this call.
+    - "patch": the index of the prompt from whose unedited run the activation or vector is taken; random indices make
+      it resampling.
     - "scale": a factor.
     - "add": a number (of decoder rows) for a feature, a vector for a stream.
 
@@ -905,7 +908,7 @@ def ablate_features(
     tracer = _tracer(lm, prompts, scores, dtype)
     if operation in ("mean", "resample") and put is None:
         put = _default_put(tracer.lm, prompts, dictionaries, used, operation, seed)
-    gain = float(values) if operation == "scale" and isinstance(values, int | float) else 0.0
+    gain = float(np.asarray(values)) if operation == "scale" else 0.0
 
     def edit(p: int, clean: _Clean, codes: Mapping[int, torch.Tensor], long: _Long) -> FloatArray:
         shift_N = np.zeros(len(long.layer_N)) if put is None else _pick_put(put, p, long)
@@ -938,6 +941,8 @@ def _check_features(
             raise EmosaeError(f"the set of features of layer {layer} is empty")
         if min(wanted) < 0 or max(wanted) >= n:
             raise EmosaeError(f"layer {layer} has features 0 to {n - 1}; got {min(wanted)} to {max(wanted)}")
+    if features is not None and not set(used) & set(features):
+        raise EmosaeError(f"features are given for layers {sorted(features)} and edits asked for in {used}")
     return used if features is None else [layer for layer in used if layer in features]
 
 
@@ -1280,6 +1285,7 @@ def agreement(
         raise EmosaeError("the two tables are not of the same edits; use the same prompts, dictionaries and layers")
     if exact.operation != estimated.operation:
         raise EmosaeError(f"cannot compare the operation {exact.operation!r} with {estimated.operation!r}")
+    pick("grouping", by, ("prompt", "layer"))
     if k < 1:
         raise EmosaeError(f"a top set needs at least one member, got k={k}")
     one, two = (x.effects_NE if gold_P is None else x.gold_effects(gold_P)[:, None] for x in (exact, estimated))

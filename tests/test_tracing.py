@@ -235,7 +235,8 @@ def test_every_active_feature_is_edited_alone(lm: LM, prompts: Prompts, operatio
     found = {layer: sparse(lm, layer) for layer in (1, 3)}
     rng = np.random.default_rng(0)
     shape = {"mean": (48,), "resample": (len(prompts), 48)}.get(operation)
-    values: Any = {layer: rng.random(shape) for layer in found} if shape else {"zero": None, "scale": 2.5}[operation]
+    single = {"zero": None, "scale": np.float32(2.5)}
+    values: Any = {layer: rng.random(shape) for layer in found} if shape else single[operation]
     table = ablate_features(lm, prompts, found, operation=operation, values=values, batch_rows=5)
     assert len(table) == len(prompts) * 2 * 6
     assert (table.activation_N > 0).all()
@@ -443,7 +444,7 @@ NAN_VECTOR = np.full(32, np.nan)
         ([(1, 3, "set", float("nan"))], "not finite"),
         ([(1, 3, "scale", float("inf"))], "not finite"),
         ([(1, "residual", "add", NAN_VECTOR)], "not finite"),
-        ([(1, 3, "set", None)], "not finite"),
+        ([(1, 3, "set", None)], "needs a value, got None"),
         ([(1, 3, "set", "much")], "needs numbers as its value"),
         ([(1, 3, "set", [1.0, 2.0])], r"needs a number or \[4\] as its value, got shape \[2\]"),
         ([(1, "ffn", "set", [1.0, 2.0])], r"needs \[32\] or \[4, 32\] as its value, got shape \[2\]"),
@@ -474,15 +475,23 @@ def no_compute(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     ("options", "message"),
     [
         ({"layers": []}, "set of layers is empty"),
-        ({"layers": [2]}, r"layer 2 has no dictionary; there are \[1\]"),
+        ({"layers": [2]}, r"layer 2 has no dictionary; there are \[1, 3\]"),
         ({"features": {1: []}}, "set of features of layer 1 is empty"),
+        ({"features": {2: [3]}, "layers": [1]}, r"layer 2 has no dictionary"),
+        ({"features": {3: [3]}, "layers": [1]}, r"features are given for layers \[3\] and edits asked for in \[1\]"),
         ({"features": {1: [3, 99]}}, "layer 1 has features 0 to 47; got 3 to 99"),
         ({"operation": "zap"}, "unknown operation 'zap'"),
         ({"values": 2.0}, "'zero' takes no values"),
-        ({"operation": "scale"}, "'scale' has a value that is not finite"),
-        ({"operation": "mean", "values": {2: np.zeros(48)}}, r"values by layer, for each of the layers \[1\]"),
-        ({"operation": "mean", "values": {1: np.zeros(3)}}, r"'mean' at layer 1 needs \[48\] as its value"),
-        ({"operation": "resample", "values": {1: np.zeros(48)}}, r"'resample' at layer 1 needs \[4, 48\]"),
+        ({"operation": "scale"}, "'scale' needs a value, got None"),
+        ({"operation": "mean", "values": {2: np.zeros(48)}}, r"values by layer, for each of the layers \[1, 3\]"),
+        (
+            {"operation": "mean", "values": {1: np.zeros(3)}, "layers": [1]},
+            r"'mean' at layer 1 needs \[48\] as its value",
+        ),
+        (
+            {"operation": "resample", "values": {1: np.zeros(48)}, "layers": [1]},
+            r"'resample' at layer 1 needs \[4, 48\]",
+        ),
         ({"scores": "logits"}, "unknown scores 'logits'"),
         ({"dtype": "float8"}, "unknown dtype 'float8'"),
     ],
@@ -490,7 +499,7 @@ def no_compute(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bad_ablations_are_refused_before_any_compute(
     lm: LM, prompts: Prompts, options: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = {1: sparse(lm, 1)}
+    found = {layer: sparse(lm, layer) for layer in (1, 3)}
     no_compute(lm, monkeypatch)
     with pytest.raises(EmosaeError, match=message):
         ablate_features(lm, prompts, found, **options)
