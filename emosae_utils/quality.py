@@ -291,16 +291,25 @@ def verdicts(table: pd.DataFrame) -> pd.DataFrame:
         ("variance explained, running text", table["running_variance"], ">=", BARS["running_variance"]),
         ("cross-entropy recovered", table["loss_recovered"], ">=", BARS["loss_recovered"]),
     ]
+    medians = [("variance explained, read-out, median layer", table["read_out_variance"])]
+    # The same on prompts and texts of the training sources that training never saw; a published dictionary has none.
+    if "mix_read_out_variance" in table and table["mix_read_out_variance"].notna().all():
+        mix, running = table["mix_read_out_variance"], table["mix_running_variance"]
+        checks += [
+            ("variance explained, read-out, held-out mix", mix, ">=", BARS["read_out_variance"]),
+            ("variance explained, running text, held-out mix", running, ">=", BARS["running_variance"]),
+        ]
+        medians.append(("variance explained, read-out, held-out mix, median layer", mix))
     rows = []
     for name, values, sign, bar in checks:
         worst = int(values.idxmin() if sign == ">=" else values.idxmax())
         passing = int((values >= bar).sum() if sign == ">=" else (values <= bar).sum())
         at = int(table.loc[worst, "layer"])
         rows.append((name, f"{sign} {bar:g}", float(values[worst]), at, passing, len(values), passing == len(values)))
-    median = float(table["read_out_variance"].median())
-    needed = f">= {MEDIAN_READ_OUT_VARIANCE:g}"
-    met = median >= MEDIAN_READ_OUT_VARIANCE
-    rows.append(("variance explained, read-out, median layer", needed, median, -1, int(met), 1, met))
+    for name, values in medians:
+        median = float(values.median())
+        met = median >= MEDIAN_READ_OUT_VARIANCE
+        rows.append((name, f">= {MEDIAN_READ_OUT_VARIANCE:g}", median, -1, int(met), 1, met))
     columns = ["bar", "needed", "worst", "worst_layer", "passing", "layers", "met"]
     return pd.DataFrame(rows, columns=columns)
 

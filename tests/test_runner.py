@@ -170,7 +170,8 @@ def test_notebooks_are_pristine_and_short(path: Path) -> None:
     for cell in book.cells:
         if cell.cell_type == "code":
             assert not cell.outputs and cell.execution_count is None
-            assert len(cell.source.splitlines()) <= 20
+            # A chapter may have many parameters; what it does with them stays short.
+            assert "parameters" in cell.metadata.get("tags", []) or len(cell.source.splitlines()) <= 20
             figure = cell.metadata.get("mystnb", {})
             if "figure" in figure:
                 assert figure["figure"]["caption"] and figure["image"]["alt"]
