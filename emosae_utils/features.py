@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
@@ -34,6 +35,8 @@ from emosae_utils.models import LM, load_model
 from emosae_utils.saes import Dictionary, available_layers, load_dictionaries
 
 Array = np.ndarray[Any, np.dtype[Any]]
+# Features as (layer, feature).
+Pairs = frozenset[tuple[int, int]]
 
 RESPONSIVE, SPECIFIC, SHARED = "responsive", "specific", "shared"
 DISCOVERY, HELD_OUT = "discovery", "held-out"
@@ -397,7 +400,7 @@ def resample(codes: Codes, labels: Sequence[str], settings: Settings) -> pd.Data
     return pd.concat(tables, ignore_index=True)
 
 
-def sets_of(table: pd.DataFrame, labels: Sequence[str], cut: float) -> dict[str, frozenset[tuple[int, int]]]:
+def sets_of(table: pd.DataFrame, labels: Sequence[str], cut: float) -> dict[str, Pairs]:
     """The sets a selection makes, as (layer, feature): responsive, each emotion's, specific, shared."""
     here = table[table["responsive"]] if "responsive" in table else table
     masks = {RESPONSIVE: np.ones(len(here), dtype=bool)} | {e: here[f"in_{e}"].to_numpy(dtype=bool) for e in labels}
@@ -411,21 +414,28 @@ def jaccard(first: frozenset[Any], second: frozenset[Any]) -> float:
     return len(first & second) / max(1, len(first | second))
 
 
-def chance_jaccard(first: int, second: int, universe: int) -> float:
-    """Jaccard overlap at the expected intersection of two random sets of these sizes."""
-    both = first * second / max(1, universe)
-    return both / max(1e-9, first + second - both)
+def chance_jaccard(first: Pairs, second: Pairs, universe: Pairs) -> float:
+    """Jaccard overlap at the expected intersection of random sets of as many (layer, feature) pairs in each layer."""
+    in_first, in_second, there = (Counter(layer for layer, _ in pairs) for pairs in (first, second, universe))
+    both = sum(n * in_second[layer] / max(1, there[layer]) for layer, n in in_first.items())
+    return both / max(1e-9, len(first) + len(second) - both)
+
+
+def _testable(table: pd.DataFrame) -> Pairs:
+    """The (layer, feature) pairs that are active often enough."""
+    here = table[table["testable"]]
+    return frozenset(zip(here["layer"].astype(int), here["feature"].astype(int), strict=True))
 
 
 def stability_table(table: pd.DataFrame, resampled: pd.DataFrame, labels: Sequence[str], cut: float) -> pd.DataFrame:
     """Jaccard overlap of each set with its counterpart on resampled topics: set, size, value, low, high, chance."""
-    full, universe = sets_of(table, labels, cut), int(table["testable"].sum())
+    full, universe = sets_of(table, labels, cut), _testable(table)
     draws = [sets_of(draw, labels, cut) for _, draw in resampled.groupby("draw")]
     records = []
     for name, own in full.items():
         values = [jaccard(own, draw[name]) for draw in draws] or [0.0]
         low, high = stats.interval(np.array(values))
-        chance = float(np.mean([chance_jaccard(len(own), len(d[name]), universe) for d in draws] or [0.0]))
+        chance = float(np.mean([chance_jaccard(own, d[name], universe) for d in draws] or [0.0]))
         key = {"set": name, "size": len(own), "value": float(np.mean(values))}
         records.append(key | {"low": float(low), "high": float(high), "chance": chance})
     return pd.DataFrame(records)
@@ -436,8 +446,11 @@ def sensitivity_table(
 ) -> pd.DataFrame:
     """Jaccard overlap of each set with that of another wording or dataset, and the rank correlation of information.
 
-    Columns: versus, set, size, other_size, value, chance, and rank_correlation (Spearman over the features of a layer
-    that both can test, averaged over layers).
+    Only features that are active often enough on both sides enter the overlap; `testable` says what share of the set
+    these are, since another wording wakes other features.
+
+    Columns: versus, set, size, other_size, testable, value, chance, and rank_correlation (Spearman over the features of
+    a layer that both can test, averaged over layers).
     """
     own, records = sets_of(table, labels, cut), []
     for versus, other in others.items():
@@ -447,11 +460,14 @@ def sensitivity_table(
         both = both[both["testable"] & both["testable_other"]]
         ranks = [spearmanr(here["mi"], here["mi_other"])[0] for _, here in both.groupby("layer") if len(here) > 2]
         correlation = float(np.nanmean(ranks)) if ranks else float("nan")
+        universe = _testable(table) & _testable(other)
         for name, members in found.items():
+            mine, theirs = own[name] & universe, members & universe
             sizes = {"size": len(own[name]), "other_size": len(members)}
             values = {
-                "value": jaccard(own[name], members),
-                "chance": chance_jaccard(len(own[name]), len(members), len(both)),
+                "testable": len(mine) / max(1, len(own[name])),
+                "value": jaccard(mine, theirs),
+                "chance": chance_jaccard(mine, theirs, universe),
             }
             records.append({"versus": versus, "set": name} | sizes | values | {"rank_correlation": correlation})
     return pd.DataFrame(records)
@@ -1102,7 +1118,8 @@ def stability_finding(tables: Mapping[str, pd.DataFrame], model: str) -> str:
     if len(other):
         other = other.query("model == @model and set == @RESPONSIVE")
         line += "; " + "; ".join(
-            f"{r.versus}: {r.value:.2f} ({r.chance:.2f} by chance), rank correlation of information "
+            f"{r.versus}: {r.testable:.0%} of the set is active often enough to be tested there, and of what both can "
+            f"test the overlap is {r.value:.2f} ({r.chance:.2f} by chance), rank correlation of information "
             f"{r.rank_correlation:.2f}"
             for r in other.itertuples()
         )

@@ -368,7 +368,7 @@ def dictionary_stability(table: pd.DataFrame, threshold: float = 0.7) -> Figure:
         ax.set_title(f"{model}\nlayer {layer}: {share:.0%}", fontsize=9)
         ax.set_xlabel("cosine of nearest")
     axes[0][0].set_ylabel("share of features")
-    axes[0][0].legend(fontsize=8, loc="upper left")
+    axes[0][0].legend(fontsize=8, loc="upper right")
     return figure
 
 

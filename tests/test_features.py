@@ -369,3 +369,21 @@ def test_planted_residuals_are_their_own_codes(lm: LM) -> None:
     found = {0: Dictionary(0, basis(lm, 0), "planted")}
     codes_PF = encode_residuals(found, active_PLF[:, :1])[0].toarray()
     torch.testing.assert_close(torch.from_numpy(codes_PF[:, :N_FEATURES]), torch.from_numpy(active_PLF[:, 0]))
+
+
+def test_sets_drawn_at_random_overlap_as_much_as_chance_says() -> None:
+    """Layers differ in how much is selected, and the two sides in what they can test."""
+    rng = np.random.default_rng(0)
+    layers, indices = np.repeat([0, 1], 500), np.tile(np.arange(500), 2)
+
+    def side() -> pd.DataFrame:
+        testable = rng.random(1000) < 0.5
+        found = testable & (rng.random(1000) < np.where(layers == 0, 0.05, 0.6))
+        table = {"layer": layers, "feature": indices, "testable": testable, "responsive": found, "entropy": 0.9}
+        return pd.DataFrame(table | {"mi": rng.random(1000)} | {f"in_{e}": False for e in EMOTIONS})
+
+    rows = [features.sensitivity_table(side(), {"other": side()}, EMOTIONS, 0.5) for _ in range(30)]
+    here = pd.concat(rows).query("set == @RESPONSIVE")
+    assert here["value"].mean() == pytest.approx(here["chance"].mean(), abs=0.02)
+    assert here["chance"].mean() > 0.2
+    assert here["testable"].mean() == pytest.approx(0.5, abs=0.03)
