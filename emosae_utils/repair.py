@@ -1,0 +1,582 @@
+"""Whether causal feature steering repairs the emotions a model misses, beside everything else that might.
+
+All methods see the same examples: k per emotion, drawn from the discovery split, several times. Whatever is chosen
+(units, penalty, gains, layer of a probe) is chosen on them. Everything reported is measured on the test split. Neutral
+texts without labels say what steering must leave alone.
+
+Steering acts at the read-out position when labels are scored, and at every position when its side effects on running
+text are measured, which is the harder case for it.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold
+from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
+
+from emosae_utils import scoring, stats, steering
+from emosae_utils.data import EMOTIONS, load_corpus
+from emosae_utils.difficulty import gold_indices
+from emosae_utils.files import EmosaeError, write_json, write_table
+from emosae_utils.models import LM, load_model
+from emosae_utils.saes import Dictionary, available_layers, load_dictionaries
+from emosae_utils.steering import Fit, Prepared, Steering, Tangent, Units
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+RAW, CALIBRATED, FEW_SHOT, PROBE, LORA = "none", "prior calibration", "few-shot prompt", "linear probe", "LoRA"
+GAIN, ADDITIVE, MEANS, RANDOM = "feature gains", "feature vector", "difference of means", "random directions"
+TARGETED = "targeted gains"
+# Methods that are steerings, with what their units are.
+LEARNT = (GAIN, ADDITIVE, MEANS, RANDOM)
+METHODS = (RAW, CALIBRATED, FEW_SHOT, PROBE, LORA, MEANS, RANDOM, ADDITIVE, GAIN)
+# Used where one example per emotion leaves nothing to choose a probe's layer by: two thirds up.
+PROBE_DEPTH = 2 / 3
+PROBE_PENALTIES = (0.001, 0.01, 0.1)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How steering is learnt and measured. One seed draws rows, examples and bootstrap samples alike.
+
+    Attributes:
+        examples: numbers of labelled examples per emotion.
+        draws: how often examples are drawn.
+        main_examples: the number that claims are about.
+        rows_per_emotion: test texts.
+        template: the wording.
+        n_units: units turned up or down; as many as rank-one LoRA has parameters if 0.
+        n_targeted: units of targeted steering.
+        penalties: ridge weights tried.
+        penalty: where one example per emotion leaves nothing to choose by.
+        free_weight: of content-free prompts beside the examples.
+        neutral_weight: of the predicted KL on neutral text.
+        steps: tangents.
+        neutral_texts: for that prediction.
+        strengths: at which the trade-off is shown; 1 is what was learnt.
+        unit_counts: numbers of units at which the effect is shown.
+        few_shot_examples: numbers of examples that a prompt can hold.
+        few_shot_draws: of these.
+        few_shot_rows_per_emotion: test texts asked with examples.
+        sequences: of running text.
+        sequence_tokens: their length.
+        every: of their positions, how many are passed over plus one.
+        bootstraps: draws of groups and example draws for intervals.
+        seed: of everything drawn.
+    """
+
+    examples: Sequence[int] = (1, 5, 20)
+    draws: int = 5
+    main_examples: int = 5
+    rows_per_emotion: int = 48
+    template: str = scoring.DEFAULT_TEMPLATE
+    n_units: int = 0
+    n_targeted: int = 200
+    penalties: Sequence[float] = (0.03, 0.1, 0.3)
+    penalty: float = 0.1
+    free_weight: float = 0.5
+    neutral_weight: float = 1.0
+    steps: int = 3
+    neutral_texts: int = 48
+    strengths: Sequence[float] = (0.5, 1.0, 1.5, 2.0)
+    unit_counts: Sequence[int] = (20, 100, 500)
+    few_shot_examples: Sequence[int] = (1, 5)
+    few_shot_draws: int = 2
+    few_shot_rows_per_emotion: int = 12
+    sequences: int = 8
+    sequence_tokens: int = 128
+    every: int = 2
+    bootstraps: int = 1000
+    seed: int = 0
+
+
+# Rows and examples.
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A dataset for steering: where examples come from, what is measured, and nothing on both sides."""
+
+    dataset: str
+    labels: tuple[str, ...]
+    pool: pd.DataFrame
+    validation: pd.DataFrame
+    test: pd.DataFrame
+
+
+def choose_rows(frame: pd.DataFrame, settings: Settings) -> Rows:
+    """Equally many test texts of each emotion, validation texts, and the pool that example draws come from.
+
+    Raises:
+        EmosaeError: if a split lacks an emotion, or the pool has too few texts of one.
+    """
+    frame = frame[frame["emotion"].isin(EMOTIONS)]
+    name = str(frame["dataset"].iloc[0]) if len(frame) else "the data"
+    labels = tuple(e for e in EMOTIONS if (frame["emotion"] == e).any())
+    by_split = {}
+    for split in ("discovery", "validation", "test"):
+        here = frame[frame["split"] == split]
+        if len(labels) < 2 or set(here["emotion"]) != set(labels):
+            raise EmosaeError(f"{name} lacks {split} texts of some emotion, so steering cannot be measured on it")
+        cap = settings.rows_per_emotion if split != "discovery" else len(here)
+        shuffled = here.sample(frac=1.0, random_state=settings.seed)
+        n = min(cap, int(shuffled["emotion"].value_counts().min())) if split == "test" else cap
+        by_split[split] = shuffled.groupby("emotion").head(n).sort_index().reset_index(drop=True)
+    fewest = int(by_split["discovery"]["emotion"].value_counts().min())
+    if fewest < max(settings.examples):
+        wanted = max(settings.examples)
+        raise EmosaeError(f"{name} has {fewest} discovery texts of an emotion and {wanted} examples were asked for")
+    return Rows(name, labels, by_split["discovery"], by_split["validation"], by_split["test"])
+
+
+def example_draws(rows: Rows, settings: Settings) -> dict[tuple[int, int], Array]:
+    """Rows of the pool shown in each draw, by (examples per emotion, draw); fewer examples are a part of more."""
+    found = {}
+    y_P = gold_indices(rows.pool, rows.labels)
+    for draw in range(settings.draws):
+        rng = np.random.default_rng([settings.seed, draw])
+        order = [rng.permutation(np.flatnonzero(y_P == k)) for k in range(len(rows.labels))]
+        for n in settings.examples:
+            found[n, draw] = np.sort(np.concatenate([own[:n] for own in order]))
+    return found
+
+
+# One model.
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model set up for one dataset: everything its methods share.
+
+    `pool` holds only the texts that some draw shows; `at_P` is their place in `rows.pool`.
+    """
+
+    lm: LM
+    rows: Rows
+    dictionaries: Mapping[int, Dictionary]
+    draws: Mapping[tuple[int, int], Array]
+    at_P: Array
+    pool: Prepared
+    free: Prepared
+    test: Prepared
+    prior_E: Array
+    test_scores_PE: Array
+
+    def examples(self, n: int, draw: int) -> tuple[Array, Array]:
+        """Places in `pool` and label indices of a draw's examples."""
+        shown = self.draws[n, draw]
+        return np.searchsorted(self.at_P, shown), gold_indices(self.rows.pool.iloc[shown], self.rows.labels)
+
+
+def _part(ready: Prepared, rows_P: Array) -> Prepared:
+    return replace(ready, clean=tuple(ready.clean[p] for p in rows_P))
+
+
+def _clean_scores(ready: Prepared) -> Array:
+    """Scores without steering, less their mean over labels, [P, E]."""
+    tracer = ready.tracer
+    last = tracer.lm.n_layers - 1
+    scores = [tracer.label_scores(clean.after(last)[None])[0].detach().cpu().numpy() for clean in ready.clean]
+    return np.array(scores)
+
+
+def _streams(ready: Prepared, layers: Sequence[int]) -> Array:
+    """Residuals at the read-out, [P, L, D]."""
+    return np.stack([clean.stream_LSD[[x + 1 for x in layers], 0].numpy() for clean in ready.clean])
+
+
+def set_up(lm: LM, rows: Rows, dictionaries: Mapping[int, Dictionary], settings: Settings) -> Bench:
+    """Read every prompt that the methods will need, once."""
+    draws = example_draws(rows, settings)
+    at_P = np.unique(np.concatenate(list(draws.values())))
+    wording: dict[str, Any] = {"template": settings.template, "labels": rows.labels}
+    texts = {
+        "examples": rows.pool.iloc[at_P].reset_index(drop=True),
+        "content-free": pd.DataFrame({"text": list(scoring.CONTENT_FREE)}),
+        "test texts": rows.test,
+    }
+    pool, free, test = (
+        steering.prepare(lm, scoring.build_prompts(lm, frame, **wording), progress=f"{lm.name}: {rows.dataset}, {what}")
+        for what, frame in texts.items()
+    )
+    prior_E = _clean_scores(free).mean(axis=0)
+    return Bench(lm, rows, dictionaries, draws, at_P, pool, free, test, prior_E, _clean_scores(test))
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A kind of units with the tangents of pool and content-free prompts at gain one.
+
+    `rows_P` are the places of the pool that the tangent covers, ascending; all if None.
+    """
+
+    basis: steering.Basis
+    units: Units
+    pool: Tangent
+    free: Tangent
+    neutral_MU: Array
+    rows_P: Array | None = None
+
+    def first(self, at_P: Array) -> Tangent:
+        """The tangent of some prompts of the pool."""
+        here_P = at_P if self.rows_P is None else np.searchsorted(self.rows_P, at_P)
+        return Tangent(self.pool.scores_PE[here_P], self.pool.slopes_PEU[here_P], self.pool.theta_U)
+
+
+def _learner(bench: Bench, basis: steering.Basis, units: Units, neutral_MU: Array | None, what: str) -> Learner:
+    caption = f"{bench.lm.name}: {bench.rows.dataset}, {what}"
+    pool = steering.tangent(bench.pool, basis, units, bench.dictionaries, progress=caption)
+    free = steering.tangent(bench.free, basis, units, bench.dictionaries)
+    return Learner(basis, units, pool, free, np.zeros((0, len(units))) if neutral_MU is None else neutral_MU)
+
+
+def active_units(dictionaries: Mapping[int, Dictionary], ready: Prepared) -> tuple[Units, dict[int, Array]]:
+    """Features active on at least one prompt, and their mean activation over the mean length of the stream, by layer.
+
+    A feature that is silent on every prompt has no slope, so its gain cannot be learnt.
+    """
+    layers = sorted(dictionaries)
+    resid_PLD = _streams(ready, layers)
+    at_layers, at_units, sizes = [], [], {}
+    for i, layer in enumerate(layers):
+        codes_PF = dictionaries[layer].encode(_tensor(resid_PLD[:, i])).numpy()
+        active = np.flatnonzero((codes_PF > 0).any(axis=0))
+        at_layers.append(np.full(len(active), layer))
+        at_units.append(active)
+        when_on_F = codes_PF.sum(axis=0) / np.maximum((codes_PF > 0).sum(axis=0), 1)
+        sizes[layer] = when_on_F / np.linalg.norm(resid_PLD[:, i], axis=1).mean()
+    return Units(np.concatenate(at_layers), np.concatenate(at_units)), sizes
+
+
+def _tensor(x_PD: Array) -> Any:
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(x_PD))
+
+
+def neutral_ids(lm: LM, settings: Settings) -> list[list[int]]:
+    """Neutral texts of EmoScenes, discovery split, as token sequences: what steering should leave alone."""
+    frame = load_corpus("emoscenes", emotions=None).frame
+    frame = frame[(frame["emotion"] == "neutral") & (frame["split"] == "discovery")]
+    return [_with_start(lm, text) for text in frame["text"].head(settings.neutral_texts)]
+
+
+def _with_start(lm: LM, text: str) -> list[int]:
+    ids, bos = list(lm.tokenizer(text)["input_ids"]), lm.tokenizer.bos_token_id
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+
+def learners(bench: Bench, settings: Settings) -> dict[str, Learner]:
+    """The units of every method that learns gains."""
+    dictionaries, lm = bench.dictionaries, bench.lm
+    units, sizes = active_units(dictionaries, bench.pool)
+    layers, basis = sorted(dictionaries), steering.feature_basis(dictionaries)
+    neutral_MU = None
+    if settings.neutral_weight:
+        caption = f"{lm.name}: neutral text"
+        ids = neutral_ids(lm, settings)
+        neutral_MU = steering.neutral_slopes(lm, ids, basis, units, dictionaries, seed=settings.seed, progress=caption)
+    active = {layer: units.unit_U[units.layer_U == layer] for layer in layers}
+    shuffled = steering.shuffled_basis(dictionaries, active, settings.seed)
+    # A fixed vector of each feature, as long as the feature's own contribution where it is active.
+    vectors = {x: bank.writes_KD * _tensor(sizes[x].astype(np.float32))[:, None] for x, bank in basis.items()}
+    additive = {x: steering.Bank(x, "norm", rows_KD) for x, rows_KD in vectors.items()}
+    return {
+        GAIN: _learner(bench, basis, units, neutral_MU, GAIN),
+        ADDITIVE: _learner(bench, additive, units, None, ADDITIVE),
+        RANDOM: _learner(bench, shuffled, units, None, RANDOM),
+    }
+
+
+def fit_of(bench: Bench, settings: Settings, n_units: int = 0) -> Fit:
+    """The settings of a fit, with as many units as rank-one LoRA has parameters unless told otherwise."""
+    return Fit(
+        n_units or settings.n_units or steering.low_rank_size(bench.lm),
+        tuple(settings.penalties),
+        settings.penalty,
+        settings.free_weight,
+        settings.neutral_weight,
+        settings.steps,
+    )
+
+
+def fit_draw(
+    bench: Bench,
+    learner: Learner,
+    n: int,
+    draw: int,
+    settings: Settings,
+    *,
+    n_units: int = 0,
+    target_XE: Array | None = None,
+    shift_E: Array | float = 0.0,
+    method: str = GAIN,
+) -> Steering:
+    """Learn gains from one draw of examples; by default they should name every example's emotion."""
+    at_P, y_P = bench.examples(n, draw)
+    if target_XE is None:
+        target_XE = steering.targets(y_P, len(bench.rows.labels), len(bench.free), settings.free_weight)
+    gains, chosen = steering.fit_gains(
+        _part(bench.pool, at_P),
+        bench.free,
+        target_XE,
+        learner.basis,
+        learner.units,
+        bench.dictionaries,
+        fit_of(bench, settings, n_units),
+        shift_E=shift_E,
+        first=learner.first(at_P),
+        first_free=learner.free,
+        neutral_MU=learner.neutral_MU,
+        seed=settings.seed,
+    )
+    shown = bench.rows.pool["row_id"].iloc[bench.draws[n, draw]].tolist()
+    facts = {"method": method, "dataset": bench.rows.dataset, "template": settings.template, "examples": shown}
+    facts |= {"examples_per_emotion": n, "draw": draw, "seed": settings.seed, "fit": chosen}
+    return Steering(bench.lm.name, learner.basis, gains, bench.rows.labels, facts)
+
+
+def _means_learner(bench: Bench, n: int, draw: int) -> Learner:
+    """Differences of class means among the examples themselves, at every layer."""
+    at_P, y_P = bench.examples(n, draw)
+    layers = list(range(bench.lm.n_layers))
+    resid_PLD = _streams(_part(bench.pool, at_P), layers)
+    basis = steering.mean_difference_basis(resid_PLD, y_P, len(bench.rows.labels), layers)
+    # Read in units of the spread among the examples, so that one penalty serves every layer and model.
+    scaled = {}
+    for i, layer in enumerate(layers):
+        bank = basis[layer]
+        read_PK = bank.activations(_tensor(resid_PLD[:, i]), {})
+        assert bank.reads_KD is not None
+        spread_K1 = read_PK.std(dim=0)[:, None]
+        scaled[layer] = replace(bank, writes_KD=bank.writes_KD * spread_K1, reads_KD=bank.reads_KD / spread_K1)
+    units = steering.all_units(scaled)
+    pool = steering.tangent(_part(bench.pool, at_P), scaled, units, {})
+    free = steering.tangent(bench.free, scaled, units, {})
+    return Learner(scaled, units, pool, free, np.zeros((0, len(units))), at_P)
+
+
+def _keep_others(bench: Bench, n: int, draw: int, emotion: str, prior_E: Array | float, settings: Settings) -> Array:
+    """Targets of targeted steering: examples of one emotion get its label, all else what the model says already."""
+    at_P, y_P = bench.examples(n, draw)
+    k = bench.rows.labels.index(emotion)
+    scores_PE = _clean_scores(_part(bench.pool, at_P)) - prior_E
+    free_PE = _clean_scores(bench.free) - prior_E
+    keep_XE = _softmax(np.concatenate([scores_PE, free_PE]))
+    keep_XE[: len(at_P)][y_P == k] = np.eye(len(bench.rows.labels))[k]
+    # Half of the weight of the examples to the emotion, half to all others.
+    weights = np.where(y_P == k, 0.5 / (y_P == k).sum(), 0.5 / (y_P != k).sum())
+    free_weights = np.full(len(free_PE), settings.free_weight / len(free_PE))
+    target_XE: Array = keep_XE * np.concatenate([weights, free_weights])[:, None]
+    return target_XE
+
+
+def _softmax(scores_PE: Array) -> Array:
+    p_PE = np.exp(scores_PE - scores_PE.max(axis=1, keepdims=True))
+    share: Array = p_PE / p_PE.sum(axis=1, keepdims=True)
+    return share
+
+
+def weakest(bench: Bench, prior_E: Array | float, settings: Settings) -> str:
+    """The emotion with the lowest recall on the validation split; ties go to the first."""
+    rows, labels = bench.rows.validation, bench.rows.labels
+    prompts = scoring.build_prompts(bench.lm, rows, template=settings.template, labels=labels)
+    scores_PE = scoring.read_out(bench.lm, prompts, mode="first").scores_PE
+    pred_P, y_P = (scores_PE - prior_E).argmax(axis=1), gold_indices(rows, labels)
+    return min(labels, key=lambda e: float((pred_P[y_P == labels.index(e)] == labels.index(e)).mean()))
+
+
+# Predictions.
+
+
+def _said(
+    rows: pd.DataFrame,
+    labels: Sequence[str],
+    scores_PE: Array,
+    method: str,
+    *,
+    examples: int = 0,
+    draw: int = 0,
+    calibrated: bool = False,
+    **more: Any,
+) -> pd.DataFrame:
+    """One line per text: gold, pred and the probability the method gives its own answer."""
+    p_PE = _softmax(scores_PE)
+    table = rows[["row_id", "group"]].assign(
+        gold=rows["emotion"], pred=[labels[i] for i in scores_PE.argmax(axis=1)], confidence=p_PE.max(axis=1)
+    )
+    facts: dict[str, Any] = {"method": method, "examples": examples, "draw": draw, "calibrated": calibrated}
+    return table.assign(**(facts | {"strength": 1.0, "units": 0, "target": ""} | more))
+
+
+def _probe_scores(bench: Bench, n: int, draw: int, settings: Settings) -> Array:
+    """Log probabilities of a linear probe fitted to the examples, [P, E].
+
+    Layer and penalty are chosen by cross-validation inside the examples. The scaler may see all texts of the pool,
+    without their labels.
+    """
+    at_P, y_P = bench.examples(n, draw)
+    layers = list(range(bench.lm.n_layers))
+    pool_PLD, test_PLD = _streams(bench.pool, layers), _streams(bench.test, layers)
+    fewest = int(np.bincount(y_P).min())
+    choices = [(round(PROBE_DEPTH * (len(layers) - 1)), PROBE_PENALTIES[1])]
+    with threadpool_limits(1):
+        if fewest >= 2:
+            folds = list(StratifiedKFold(min(4, fewest), shuffle=True, random_state=settings.seed).split(y_P, y_P))
+            tried = [(layer, c) for layer in layers[2::2] for c in PROBE_PENALTIES]
+            losses = []
+            for layer, c in tried:
+                x_PD = StandardScaler().fit(pool_PLD[:, layer]).transform(pool_PLD[at_P, layer])
+                total = 0.0
+                for train, held in folds:
+                    logp = (
+                        LogisticRegression(C=c, max_iter=100).fit(x_PD[train], y_P[train]).predict_log_proba(x_PD[held])
+                    )
+                    total -= float(logp[np.arange(len(held)), y_P[held]].sum())
+                losses.append(total)
+            choices = [tried[int(np.argmin(losses))]]
+        layer, c = choices[0]
+        scaler = StandardScaler().fit(pool_PLD[:, layer])
+        model = LogisticRegression(C=c, max_iter=200).fit(scaler.transform(pool_PLD[at_P, layer]), y_P)
+        scores_PE: Array = model.predict_log_proba(scaler.transform(test_PLD[:, layer]))
+    return scores_PE
+
+
+def _low_rank(bench: Bench, n: int, draw: int, settings: Settings) -> tuple[Array, Array]:
+    """Scores of test and content-free prompts under LoRA of rank one at the read-out."""
+    at_P, y_P = bench.examples(n, draw)
+    target_XE = steering.targets(y_P, len(bench.rows.labels), len(bench.free), settings.free_weight)
+    layer = round(PROBE_DEPTH * (bench.lm.n_layers - 1))
+    change = steering.fit_low_rank(_part(bench.pool, at_P), bench.free, target_XE, layer, seed=settings.seed + draw)
+    return steering.low_rank_scores(bench.test, change), steering.low_rank_scores(bench.free, change)
+
+
+def _few_shot(bench: Bench, settings: Settings) -> Iterator[pd.DataFrame]:
+    """The examples in the prompt, on a part of the test texts: long prompts are dear."""
+    labels = bench.rows.labels
+    asked = bench.rows.test.groupby("emotion").head(settings.few_shot_rows_per_emotion).reset_index(drop=True)
+    for n in settings.few_shot_examples:
+        for draw in range(settings.few_shot_draws if (n, 0) in bench.draws else 0):
+            shown = bench.rows.pool.iloc[bench.draws[n, draw]].sample(frac=1.0, random_state=settings.seed + draw)
+            wording: dict[str, Any] = {"template": settings.template, "labels": labels, "exemplars": shown}
+            prompts = scoring.build_prompts(bench.lm, asked, **wording)
+            caption = f"{bench.lm.name}: {bench.rows.dataset}, {n} examples in the prompt"
+            scores_PE = scoring.read_out(bench.lm, prompts, mode="first", progress=caption).scores_PE
+            prior_E = scoring.label_prior(bench.lm, **wording)
+            for calibrated, shift_E in ((False, 0.0), (True, prior_E)):
+                yield _said(asked, labels, scores_PE - shift_E, FEW_SHOT, examples=n, draw=draw, calibrated=calibrated)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one model did on one dataset.
+
+    Attributes:
+        predictions: one row per text and method; see `_said`.
+        steerings: what was learnt, by (method, examples per emotion, draw).
+        targets: the weakest emotion without and with calibration.
+        fits: one row per steering: units, penalty, largest gain, loss before and after.
+    """
+
+    rows: Rows
+    predictions: pd.DataFrame
+    steerings: Mapping[tuple[str, int, int], Steering]
+    targets: Mapping[str, str]
+    fits: pd.DataFrame
+
+
+def measure(lm: LM, rows: Rows, dictionaries: Mapping[int, Dictionary], settings: Settings) -> Measured:
+    """Learn every steering and every baseline on every draw, and ask them all about the test texts."""
+    bench = set_up(lm, rows, dictionaries, settings)
+    labels, learnt = rows.labels, learners(bench, settings)
+    made: dict[tuple[str, int, int], Steering] = {}
+    caption = f"{lm.name}: {rows.dataset}, learning gains"
+    for n, draw in tqdm(bench.draws, desc=caption, disable=scoring._quiet(caption)):
+        for method in LEARNT:
+            learner = _means_learner(bench, n, draw) if method == MEANS else learnt[method]
+            made[method, n, draw] = fit_draw(bench, learner, n, draw, settings, method=method)
+    main, everyone = settings.main_examples, range(settings.draws)
+    asked: list[tuple[dict[str, Any], Steering]] = [
+        ({"method": method, "examples": n, "draw": draw}, s) for (method, n, draw), s in made.items()
+    ]
+    for draw in everyone:
+        own = made[GAIN, main, draw]
+        key: dict[str, Any] = {"method": GAIN, "examples": main, "draw": draw}
+        asked += [(key | {"strength": x}, own.at(x)) for x in settings.strengths if x != 1.0]
+        for n_units in settings.unit_counts:
+            fewer = fit_draw(bench, learnt[GAIN], main, draw, settings, n_units=n_units)
+            asked.append((key | {"units": n_units}, fewer))
+    found_targets = {}
+    for name, prior_E in ((RAW, 0.0), (CALIBRATED, bench.prior_E)):
+        emotion = weakest(bench, prior_E, settings)
+        found_targets[name] = emotion
+        for draw in everyone:
+            goal_XE = _keep_others(bench, main, draw, emotion, prior_E, settings)
+            one = fit_draw(
+                bench,
+                learnt[GAIN],
+                main,
+                draw,
+                settings,
+                n_units=settings.n_targeted,
+                target_XE=goal_XE,
+                shift_E=prior_E,
+                method=TARGETED,
+            )
+            made[f"{TARGETED}, {name}", main, draw] = one
+            asked.append(({"method": TARGETED, "examples": main, "draw": draw, "target": emotion, "on": name}, one))
+    tables = _ask(bench, asked)
+    tables += [
+        _said(rows.test, labels, bench.test_scores_PE, RAW),
+        _said(rows.test, labels, bench.test_scores_PE - bench.prior_E, CALIBRATED, calibrated=True),
+        *_few_shot(bench, settings),
+    ]
+    for n, draw in tqdm(bench.draws, desc=f"{lm.name}: baselines", disable=scoring._quiet("x")):
+        tables.append(_said(rows.test, labels, _probe_scores(bench, n, draw, settings), PROBE, examples=n, draw=draw))
+        test_PE, free_PE = _low_rank(bench, n, draw, settings)
+        for calibrated, shift_E in ((False, 0.0), (True, free_PE.mean(axis=0))):
+            said = _said(rows.test, labels, test_PE - shift_E, LORA, examples=n, draw=draw, calibrated=calibrated)
+            tables.append(said)
+    predictions = pd.concat(tables, ignore_index=True).assign(model=lm.name, dataset=rows.dataset)
+    return Measured(
+        rows, predictions, made, found_targets, _fits_table(made).assign(model=lm.name, dataset=rows.dataset)
+    )
+
+
+def _ask(bench: Bench, asked: Sequence[tuple[dict[str, Any], Steering]]) -> list[pd.DataFrame]:
+    """Predictions of every steering on the test texts, raw and less its own label prior."""
+    steerings = [s for _, s in asked]
+    caption = f"{bench.lm.name}: {bench.rows.dataset}, steered test texts"
+    test_RPE = steering.steered_scores(bench.lm, bench.test, steerings, bench.dictionaries, progress=caption)
+    free_RPE = steering.steered_scores(bench.lm, bench.free, steerings, bench.dictionaries)
+    tables = []
+    for (key, _), test_PE, free_PE in zip(asked, test_RPE, free_RPE, strict=True):
+        facts = dict(key)
+        # Targeted steering keeps the calibration it was made for; all others are calibrated as they are steered.
+        on = facts.pop("on", None)
+        wanted = {RAW: [False], CALIBRATED: [True], None: [False, True]}[on]
+        for calibrated in wanted:
+            prior_E = (bench.prior_E if on else free_PE.mean(axis=0)) if calibrated else 0.0
+            tables.append(_said(bench.rows.test, bench.rows.labels, test_PE - prior_E, **facts, calibrated=calibrated))
+    return tables
+
+
+def _fits_table(made: Mapping[tuple[str, int, int], Steering]) -> pd.DataFrame:
+    records = []
+    for (method, n, draw), one in made.items():
+        fit = one.provenance["fit"]
+        largest = max(float(np.abs(np.asarray(g_K) - 1).max()) for g_K in one.gains.values())
+        key = {"method": method, "examples": n, "draw": draw, "units": one.n_units, "penalty": fit["penalty"]}
+        records.append(key | {"largest": largest, "loss": fit["path"][-1]["loss"], "steps": len(fit["path"])})
+    return pd.DataFrame(records)
