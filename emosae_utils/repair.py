@@ -11,7 +11,7 @@ text are measured, which is the harder case for it.
 from __future__ import annotations
 
 import gc
-import re
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,9 +26,11 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from emosae_utils import scoring, stats, steering
-from emosae_utils.data import EMOTIONS, load_corpus
+from emosae_utils.data import EMOTIONS, load_corpus, which_are_here
 from emosae_utils.difficulty import gold_indices
+from emosae_utils.features import folder_of
 from emosae_utils.files import EmosaeError, write_json, write_table
+from emosae_utils.ledger import Claim, save_claims
 from emosae_utils.models import LM, load_model
 from emosae_utils.saes import Dictionary, available_layers, load_dictionaries
 from emosae_utils.steering import Fit, Prepared, Steering, Tangent, Units
@@ -580,3 +582,521 @@ def _fits_table(made: Mapping[tuple[str, int, int], Steering]) -> pd.DataFrame:
         key = {"method": method, "examples": n, "draw": draw, "units": one.n_units, "penalty": fit["penalty"]}
         records.append(key | {"largest": largest, "loss": fit["path"][-1]["loss"], "steps": len(fit["path"])})
     return pd.DataFrame(records)
+
+
+# Tables.
+
+KEYS = ("method", "examples", "calibrated", "strength", "units", "target")
+BINS = 10
+
+
+@dataclass(frozen=True)
+class _Tally:
+    """Predictions of one method as counts by draw of examples and group.
+
+    Attributes:
+        counts_DGKK: confusion counts.
+        bins_DGB3: by bin of confidence: texts, right answers, sum of confidence.
+    """
+
+    counts_DGKK: Array
+    bins_DGB3: Array
+
+
+def _tally(said: pd.DataFrame, labels: Sequence[str], groups: Sequence[str]) -> _Tally:
+    place = {g: i for i, g in enumerate(groups)}
+    draws = sorted(said["draw"].unique())
+    counts = np.zeros((len(draws), len(groups), len(labels), len(labels)))
+    bins = np.zeros((len(draws), len(groups), BINS, 3))
+    for d, draw in enumerate(draws):
+        here = said[said["draw"] == draw]
+        group_P = here["group"].map(place).to_numpy()
+        gold_P, pred_P = (here[c].map({e: i for i, e in enumerate(labels)}).to_numpy() for c in ("gold", "pred"))
+        np.add.at(counts[d], (group_P, gold_P, pred_P), 1.0)
+        confidence_P = here["confidence"].to_numpy()
+        bin_P = np.minimum((confidence_P * BINS).astype(int), BINS - 1)
+        seen_P3 = np.stack([np.ones(len(here)), (gold_P == pred_P).astype(float), confidence_P], axis=1)
+        np.add.at(bins[d], (group_P, bin_P), seen_P3)
+    return _Tally(counts, bins)
+
+
+def calibration_error(bins_XB3: Array) -> Array:
+    """Expected calibration error [...]: mean distance of confidence from accuracy, over bins weighted by their texts.
+
+    Guo et al. 2017, "On calibration of modern neural networks".
+    """
+    n_XB = bins_XB3[..., 0]
+    gaps_XB = np.abs(bins_XB3[..., 1] - bins_XB3[..., 2])
+    error: Array = gaps_XB.sum(axis=-1) / np.maximum(n_XB.sum(axis=-1), 1e-12)
+    return error
+
+
+@dataclass(frozen=True)
+class _Draws:
+    """Bootstrap samples shared by all methods of a dataset: weights of groups, and which example draws count."""
+
+    weights_RG: Array
+    at_RD: Mapping[int, Array]
+
+
+def _resampled(n_groups: int, sizes: Sequence[int], settings: Settings) -> _Draws:
+    """The first sample is the data itself."""
+    weights_RG = np.concatenate(
+        [np.ones((1, n_groups)), stats.bootstrap_weights(n_groups, settings.bootstraps, settings.seed)]
+    )
+    at_RD = {}
+    for n in set(sizes):
+        rng = np.random.default_rng([settings.seed, n])
+        at_RD[n] = np.concatenate([np.arange(n)[None], rng.integers(0, n, size=(settings.bootstraps, n))])
+    return _Draws(weights_RG, at_RD)
+
+
+def _samples(values_DR: Array, draws: _Draws) -> Array:
+    """Means over example draws in every bootstrap sample, [R]; or [R, K] of values [D, R, K]."""
+    at_RD = draws.at_RD[len(values_DR)]
+    rows_R1 = np.arange(len(at_RD))[:, None]
+    means: Array = values_DR[at_RD, rows_R1].mean(axis=1)
+    return means
+
+
+def _metric_samples(tally: _Tally, draws: _Draws) -> dict[str, Array]:
+    """Every metric in every bootstrap sample, [R] or [R, K]; the first sample is the data."""
+    counts_DRKK = np.einsum("rg,dgkl->drkl", draws.weights_RG, tally.counts_DGKK)
+    bins_DRB3 = np.einsum("rg,dgbx->drbx", draws.weights_RG, tally.bins_DGB3)
+    found = {
+        "macro_f1": stats.macro_f1(counts_DRKK),
+        "accuracy": stats.accuracy(counts_DRKK),
+        "calibration_error": calibration_error(bins_DRB3),
+        "recall": stats.recall(counts_DRKK),
+        "f1": stats.f1(counts_DRKK),
+    }
+    return {name: _samples(values, draws) for name, values in found.items()}
+
+
+def _interval(samples_R: Array) -> dict[str, float]:
+    low, high = stats.interval(samples_R[1:])
+    return {"value": float(samples_R[0]), "low": float(low), "high": float(high)}
+
+
+@dataclass(frozen=True)
+class Pool:
+    """All methods of one model and dataset in the same bootstrap samples."""
+
+    labels: tuple[str, ...]
+    said: Mapping[tuple[Any, ...], pd.DataFrame]
+    samples: Mapping[tuple[Any, ...], Mapping[str, Array]]
+
+
+def pool(predictions: pd.DataFrame, settings: Settings) -> Pool:
+    """Bootstrap every method over groups and example draws; methods share the samples, so differences are paired."""
+    labels = tuple(e for e in EMOTIONS if (predictions["gold"] == e).any())
+    groups = sorted(predictions["group"].unique())
+    said = {tuple(key): part for key, part in predictions.groupby(list(KEYS))}
+    sizes = [part["draw"].nunique() for part in said.values()]
+    draws = _resampled(len(groups), sizes, settings)
+    return Pool(labels, said, {key: _metric_samples(_tally(part, labels, groups), draws) for key, part in said.items()})
+
+
+def metrics_table(predictions: pd.DataFrame, settings: Settings) -> pd.DataFrame:
+    """Macro-F1, accuracy and calibration error of every method, and recall and F1 per emotion, with intervals.
+
+    Columns: model, dataset, method, examples, calibrated, strength, units, target, metric, emotion ("all" for the first
+    three), value, low, high, rows. Values are means over example draws; intervals are 95 % percentile bootstraps over
+    groups and draws.
+    """
+    records = []
+    for (model, dataset), here in predictions.groupby(["model", "dataset"]):
+        pooled = pool(here, settings)
+        for key, samples in pooled.samples.items():
+            facts = {"model": model, "dataset": dataset} | dict(zip(KEYS, key, strict=True))
+            facts |= {"rows": pooled.said[key]["row_id"].nunique()}
+            for metric, samples_RX in samples.items():
+                whole = samples_RX.ndim == 1
+                for k, emotion in enumerate(("all",) if whole else pooled.labels):
+                    own_R = samples_RX if whole else samples_RX[:, k]
+                    records.append(facts | {"metric": metric, "emotion": emotion} | _interval(own_R))
+    return pd.DataFrame(records)
+
+
+def _plain(key: tuple[Any, ...]) -> bool:
+    """Whether a method is as it was learnt: full strength, all its units, no target."""
+    return bool(key[3] == 1.0 and key[4] == 0 and key[5] == "")
+
+
+def comparison_table(predictions: pd.DataFrame, settings: Settings) -> pd.DataFrame:
+    """Macro-F1 of every method less that of a reference, on the same texts, paired.
+
+    References: no steering, prior calibration, and for feature gains the same number of gains on random directions.
+    Columns: model, dataset, method, examples, calibrated, versus, value, low, high, p (exact McNemar, the median over
+    example draws) and p_holm (over the methods compared with one reference).
+    """
+    records: list[dict[str, Any]] = []
+    for (model, dataset), here in predictions.groupby(["model", "dataset"]):
+        pooled = pool(here, settings)
+        raw, calibrated = (next(k for k in pooled.said if k[0] == m) for m in (RAW, CALIBRATED))
+        found: list[dict[str, Any]] = []
+        for key, part in pooled.said.items():
+            if not _plain(key) or key[0] in (RAW, CALIBRATED):
+                continue
+            rivals = {RAW: raw, CALIBRATED: calibrated}
+            if key[0] == GAIN and (RANDOM, *key[1:]) in pooled.said:
+                rivals[RANDOM] = (RANDOM, *key[1:])
+            for versus, other in rivals.items():
+                facts = {"model": model, "dataset": dataset} | dict(zip(KEYS[:3], key[:3], strict=True))
+                found.append(facts | {"versus": versus} | _paired(pooled, key, other, part, settings))
+        for versus in {r["versus"] for r in found}:
+            own = [r for r in found if r["versus"] == versus]
+            for record, p in zip(own, stats.holm([r["p"] for r in own]), strict=True):
+                record["p_holm"] = p
+        records += found
+    return pd.DataFrame(records)
+
+
+def _paired(
+    pooled: Pool, key: tuple[Any, ...], other: tuple[Any, ...], part: pd.DataFrame, settings: Settings
+) -> dict[str, float]:
+    """Difference of macro-F1 with its interval, and McNemar's p."""
+    rival = pooled.said[other]
+    ours, theirs = pooled.samples[key]["macro_f1"], pooled.samples[other]["macro_f1"]
+    if part["row_id"].nunique() < rival["row_id"].nunique():
+        # A method asked about a part of the texts is compared on that part.
+        rival = rival[rival["row_id"].isin(part["row_id"])]
+        both = pool(pd.concat([part, rival]), settings)
+        ours, theirs = both.samples[key]["macro_f1"], both.samples[other]["macro_f1"]
+    p_values = []
+    for draw in sorted(part["draw"].unique()):
+        one = part[part["draw"] == draw].set_index("row_id")
+        drawn = rival[rival["draw"] == (draw if rival["draw"].nunique() > 1 else 0)].set_index("row_id").loc[one.index]
+        right = (one["gold"] == one["pred"]).to_numpy(), (drawn["gold"] == drawn["pred"]).to_numpy()
+        p_values.append(stats.mcnemar_p(*right))
+    return _interval(ours - theirs) | {"p": float(np.median(p_values))}
+
+
+def targeted_table(predictions: pd.DataFrame, settings: Settings) -> pd.DataFrame:
+    """What targeted steering does to its emotion and to the others: change of recall, paired.
+
+    Columns: model, dataset, calibrated, target, emotion (each, and "others": the mean over all but the target), value,
+    low, high.
+    """
+    records = []
+    for (model, dataset), here in predictions.groupby(["model", "dataset"]):
+        pooled = pool(here, settings)
+        for key, samples in pooled.samples.items():
+            if key[0] != TARGETED:
+                continue
+            base = next(k for k in pooled.said if k[0] == (CALIBRATED if key[2] else RAW))
+            change_RK = samples["recall"] - pooled.samples[base]["recall"]
+            facts = {"model": model, "dataset": dataset, "calibrated": key[2], "target": key[5]}
+            others = [k for k, e in enumerate(pooled.labels) if e != key[5]]
+            for k, emotion in enumerate(pooled.labels):
+                records.append(facts | {"emotion": emotion} | _interval(change_RK[:, k]))
+            records.append(facts | {"emotion": "others"} | _interval(change_RK[:, others].mean(axis=1)))
+    return pd.DataFrame(records)
+
+
+# Side effects on running text.
+
+
+def running_texts(lm: LM, settings: Settings, seed: int = 0) -> tuple[list[list[int]], str]:
+    """Sequences of running text that nothing was fitted to, and its name: WikiText-2 test, else neutral test texts."""
+    text, name = wikitext("test"), "WikiText-2"
+    if not text:
+        frame = load_corpus("emoscenes", emotions=None).frame
+        frame = frame[(frame["emotion"] == "neutral") & (frame["split"] == "test")]
+        text, name = " ".join(frame["text"]), "neutral texts of EmoScenes"
+    ids, bos = list(lm.tokenizer(text)["input_ids"]), lm.tokenizer.bos_token_id
+    ids = ids[1:] if ids[:1] == [bos] else ids
+    width = settings.sequence_tokens - 1
+    starts = np.arange(0, max(1, len(ids) - width), width)
+    chosen = np.sort(np.random.default_rng(seed).permutation(starts)[: settings.sequences])
+    start = [] if bos is None else [bos]
+    return [[*start, *ids[at : at + width]] for at in chosen], name
+
+
+def wikitext(split: str) -> str:
+    """Prose of a split of WikiText-2 without its headings; "" if it is not on this machine."""
+    folder = os.environ.get("EMOSAE_DATA_DIR")
+    path = Path(folder or ".") / "wikitext-2" / f"{split}.txt"
+    if not folder or not path.is_file():
+        return ""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    # Short lines are headings and fragments.
+    return " ".join(line.strip() for line in lines if len(line) > 200)
+
+
+def side_effects(lm: LM, measured: Mapping[str, Measured], dictionaries: Mapping[int, Dictionary], settings: Settings) -> pd.DataFrame:
+    """Perplexity and KL of running text under feature gains and vectors, every draw, and gains at other strengths.
+
+    Columns: model, dataset, method, draw, strength, text, sequence, tokens, clean, steered, kl (nats a token).
+    """
+    ids, name = running_texts(lm, settings, settings.seed)
+    chosen: dict[str, Steering] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    for dataset, found in measured.items():
+        for (method, n, draw), one in found.steerings.items():
+            shown = method in (GAIN, ADDITIVE, RANDOM) or method.startswith(TARGETED)
+            if n != settings.main_examples or not shown or (method != GAIN and draw):
+                continue
+            for x in settings.strengths if method == GAIN and not draw else (1.0,):
+                key = f"{dataset}/{method}/{draw}/{x}"
+                chosen[key] = one.at(x)
+                facts[key] = {"dataset": dataset, "method": method, "draw": draw, "strength": x, "text": name}
+    caption = f"{lm.name}: running text"
+    table = steering.preservation(lm, ids, chosen, dictionaries, every=settings.every, progress=caption)
+    return pd.concat([table, pd.DataFrame([facts[x] for x in table["steering"]])], axis=1).assign(model=lm.name)
+
+
+def perplexity_table(effects: pd.DataFrame, settings: Settings) -> pd.DataFrame:
+    """Rise of perplexity, as a share, and KL in nats a token, with intervals over sequences.
+
+    Columns: model, dataset, method, strength, text, metric (perplexity, kl), value, low, high. Draws are averaged.
+    """
+    records = []
+    keys = ["model", "dataset", "method", "strength", "text"]
+    for key, here in effects.groupby(keys):
+        wide = here.groupby("sequence")[["tokens", "clean", "steered", "kl"]].mean()
+        weights_RS = np.concatenate(
+            [np.ones((1, len(wide))), stats.bootstrap_weights(len(wide), settings.bootstraps, settings.seed)]
+        )
+        tokens_R = weights_RS @ wide["tokens"].to_numpy()
+        rise_R = np.expm1((weights_RS @ (wide["tokens"] * (wide["steered"] - wide["clean"])).to_numpy()) / tokens_R)
+        kl_R = (weights_RS @ (wide["tokens"] * wide["kl"]).to_numpy()) / tokens_R
+        facts = dict(zip(keys, key, strict=True))
+        records += [facts | {"metric": m} | _interval(x_R) for m, x_R in (("perplexity", rise_R), ("kl", kl_R))]
+    return pd.DataFrame(records)
+
+
+# Text for the reader to see.
+
+
+def written(lm: LM, one: Steering, dictionaries: Mapping[int, Dictionary], texts: Sequence[str], tokens: int) -> pd.DataFrame:
+    """What the model writes after each prompt, greedily, at several strengths: prompt, strength, text."""
+    import torch
+
+    records = []
+    for text in texts:
+        ids = torch.tensor([_with_start(lm, text)], device=lm.device)
+        for strength in (0.0, 1.0, 4.0):
+            with steering.steered(lm, one.at(strength), dictionaries):
+                out = lm.hf.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=tokens,
+                    do_sample=False,
+                    pad_token_id=lm.tokenizer.pad_token_id,
+                )
+            said = lm.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+            records.append((text, strength, " ".join(said.split())))
+    return pd.DataFrame(records, columns=["prompt", "strength", "text"])
+
+
+# Claims. Each test is stated in the chapter before its result.
+
+RISE, WEAK_RISE, OTHERS_LOSS, PERPLEXITY_RISE = 0.0, 0.15, -0.03, 0.02
+
+
+def _verdict(value: float, low: float, high: float, bar: float, *, above: bool = True) -> str:
+    """Supported if the whole interval is on the right side of the bar, not supported if on the wrong one."""
+    if not above:
+        value, low, high, bar = -value, -high, -low, -bar
+    if low > bar:
+        return stats.SUPPORTED
+    return stats.NOT_SUPPORTED if high <= bar else stats.UNDECIDED
+
+
+def _all_of(verdicts: Sequence[str]) -> str:
+    return next((v for v in (stats.NOT_SUPPORTED, stats.UNDECIDED) if v in verdicts), stats.SUPPORTED)
+
+
+def claims(tables: Mapping[str, pd.DataFrame], settings: Settings) -> list[Claim]:
+    """The tests of C5, C6 and C8 on every model and dataset."""
+    found: list[Claim] = []
+    n = settings.main_examples
+    compared = tables["comparisons"]
+    for (model, dataset), here in compared[(compared["method"] == GAIN) & (compared["examples"] == n)].groupby(
+        ["model", "dataset"]
+    ):
+        where = {"model": str(model), "dataset": str(dataset)}
+        found += _improves(here, where, n) + _preserves(tables["perplexity"], where, settings)
+        found += _repairs(tables, where, settings)
+    return found
+
+
+def _claim(where: Mapping[str, str], claim: str, part: str, row: Any, unit: str, test: str, verdict: str) -> Claim:
+    effect, low, high = (None, None, None) if row is None else (float(row[x]) for x in ("value", "low", "high"))
+    return Claim(claim, where["model"], where["dataset"], part, effect, low, high, unit, test, verdict)  # type: ignore[arg-type]
+
+
+def _improves(here: pd.DataFrame, where: Mapping[str, str], n: int) -> list[Claim]:
+    parts = {
+        "over no steering": (False, RAW, f"macro-F1 with gains from {n} examples per emotion exceeds the raw answer's"),
+        "over prior calibration": (False, CALIBRATED, "it exceeds that of prior calibration, which needs no examples"),
+        "on top of calibration": (True, CALIBRATED, "calibrated too, it exceeds that of prior calibration"),
+        "over random directions": (False, RANDOM, "it exceeds that of as many gains on random directions"),
+    }
+    made = []
+    for part, (calibrated, versus, test) in parts.items():
+        row = here[(here["calibrated"] == calibrated) & (here["versus"] == versus)].iloc[0]
+        verdict = _verdict(row["value"], row["low"], row["high"], RISE)
+        made.append(_claim(where, "C5", part, row, "macro-F1", test, verdict))
+    whole = _all_of([c.verdict for c in made])
+    test = "gains beat the raw answer, prior calibration with and without calibrating too, and random directions"
+    row = here[(~here["calibrated"]) & (here["versus"] == RAW)].iloc[0]
+    return [_claim(where, "C5", "", row, "macro-F1", test, whole), *made]
+
+
+def _preserves(perplexity: pd.DataFrame, where: Mapping[str, str], settings: Settings) -> list[Claim]:
+    here = perplexity[(perplexity["model"] == where["model"]) & (perplexity["dataset"] == where["dataset"])]
+    here = here[(here["method"] == GAIN) & (here["strength"] == 1.0) & (here["metric"] == "perplexity")]
+    if here.empty:
+        return []
+    row = here.iloc[0]
+    test = f"with gains at every position, perplexity of {row['text']} rises by at most {PERPLEXITY_RISE:.0%}"
+    verdict = _verdict(row["value"], row["low"], row["high"], PERPLEXITY_RISE, above=False)
+    return [_claim(where, "C6", "", row, "share of perplexity", test, verdict)]
+
+
+def _repairs(tables: Mapping[str, pd.DataFrame], where: Mapping[str, str], settings: Settings) -> list[Claim]:
+    aimed = tables["targeted"]
+    aimed = aimed[(aimed["model"] == where["model"]) & (aimed["dataset"] == where["dataset"])]
+    made = []
+    for calibrated, name in ((False, "raw"), (True, "calibrated")):
+        here = aimed[aimed["calibrated"] == calibrated].set_index("emotion")
+        weak, others = here.loc[here["target"].iloc[0]], here.loc["others"]
+        test = f"targeted gains raise the recall of {weak['target']}, the weakest emotion of the {name} answer, by 15 points"
+        verdict = _verdict(weak["value"], weak["low"], weak["high"], WEAK_RISE)
+        made.append(_claim(where, "C8", f"weakest emotion, {name}", weak, "recall", test, verdict))
+        test = "the other emotions lose at most 3 points of recall on average"
+        verdict = _verdict(others["value"], others["low"], others["high"], OTHERS_LOSS)
+        made.append(_claim(where, "C8", f"other emotions, {name}", others, "recall", test, verdict))
+    row = spread_row(tables["spread"], where, settings)
+    test = "global gains leave the recalls of the emotions less unequal than the raw answer does"
+    verdict = _verdict(row["value"], row["low"], row["high"], 0.0, above=False)
+    made.append(_claim(where, "C8", "all at once", row, "spread of recall", test, verdict))
+    whole = _all_of([c.verdict for c in made if "calibrated" not in c.part])
+    test = "targeted gains repair the weakest raw emotion at little cost to the others, and global gains even recalls out"
+    return [_claim(where, "C8", "", None, "", test, whole), *made]
+
+
+def spread_table(predictions: pd.DataFrame, settings: Settings) -> pd.DataFrame:
+    """How unequal the emotions are: standard deviation of recall over emotions, of every method, and less the raw one's.
+
+    Columns: model, dataset, method, examples, calibrated, versus ("" for the spread itself), value, low, high.
+    """
+    records = []
+    for (model, dataset), here in predictions.groupby(["model", "dataset"]):
+        pooled = pool(here, settings)
+        raw = next(samples for key, samples in pooled.samples.items() if key[0] == RAW)
+        for key, samples in pooled.samples.items():
+            if not _plain(key):
+                continue
+            facts = {"model": model, "dataset": dataset} | dict(zip(KEYS[:3], key[:3], strict=True))
+            own_R, raw_R = samples["recall"].std(axis=1), raw["recall"].std(axis=1)
+            records.append(facts | {"versus": ""} | _interval(own_R))
+            records.append(facts | {"versus": RAW} | _interval(own_R - raw_R))
+    return pd.DataFrame(records)
+
+
+def spread_row(spread: pd.DataFrame, where: Mapping[str, str], settings: Settings) -> Any:
+    """The change of spread by the gains that claims are about."""
+    here = spread[(spread["model"] == where["model"]) & (spread["dataset"] == where["dataset"])]
+    mine = (here["method"] == GAIN) & (here["examples"] == settings.main_examples) & ~here["calibrated"]
+    return here[mine & (here["versus"] == RAW)].iloc[0]
+
+
+# The study.
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything the chapter shows.
+
+    Attributes:
+        measured: by model and dataset.
+        effects: from `side_effects`.
+        samples: from `written`, with the model.
+        absent: named datasets that are not on this machine.
+        notes: what else was left out, and why.
+    """
+
+    measured: Mapping[tuple[str, str], Measured]
+    effects: pd.DataFrame
+    samples: pd.DataFrame
+    absent: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+PROMPTS = ("The weather on Monday was", "When she opened the door, she felt", "My neighbour told me that")
+SAMPLE_TOKENS = 24
+
+
+def run_study(
+    models: Sequence[str],
+    datasets: Sequence[str],
+    settings: Settings,
+    out_dir: Path,
+    *,
+    layers: Sequence[int] = (),
+    saes: str = "",
+    dtype: str | None = None,
+    device: str = "auto",
+) -> Study:
+    """Learn and measure on every model and dataset; each model is loaded once. Steerings are saved under `out_dir`.
+
+    Raises:
+        EmosaeError: if no model has a dictionary, no dataset is present, or a dataset has too few texts.
+    """
+    here, absent = which_are_here(datasets)
+    frames = {name: load_corpus(name).frame for name in here}
+    measured: dict[tuple[str, str], Measured] = {}
+    effects, samples, notes = [], [], []
+    for model in dict.fromkeys(models):
+        lm = load_model(model, dtype=dtype, device=device)
+        have = list(available_layers(lm, saes))
+        if not have:
+            notes.append(f"{model} has no dictionaries here; train them with `emosae train-saes --model {model}`")
+            continue
+        dictionaries = load_dictionaries(lm, saes, layers=list(layers) or have)
+        own: dict[str, Measured] = {}
+        for frame in frames.values():
+            rows = choose_rows(frame, settings)
+            own[rows.dataset] = measure(lm, rows, dictionaries, settings)
+        effects.append(side_effects(lm, own, dictionaries, settings))
+        first = next(iter(own.values())).steerings[GAIN, settings.main_examples, 0]
+        samples.append(written(lm, first, dictionaries, PROMPTS, SAMPLE_TOKENS).assign(model=lm.name))
+        for dataset, found in own.items():
+            measured[model, dataset] = found
+            for (method, n, draw), one in found.steerings.items():
+                if n == settings.main_examples and (method == GAIN or method.startswith(TARGETED)):
+                    name = f"{method.replace(', ', '-').replace(' ', '-')}-{draw}"
+                    folder = out_dir / "steerings" / folder_of(model) / dataset / name
+                    steering.save_steering(folder, one, dictionaries)
+        # Two models need not fit into memory together.
+        del lm, dictionaries, own
+        gc.collect()
+    if not measured:
+        raise EmosaeError(notes[0] if notes else "no model was named; set `model`")
+    joined = (pd.concat(x, ignore_index=True) for x in (effects, samples))
+    return Study(measured, *joined, absent, tuple(notes))
+
+
+def save(study: Study, settings: Settings, out_dir: Path) -> dict[str, pd.DataFrame]:
+    """Compute the chapter's tables, write each as parquet into `out_dir`, and return them by name; also the claims."""
+    predictions = pd.concat([m.predictions for m in study.measured.values()], ignore_index=True)
+    tables = {
+        "predictions": predictions,
+        "metrics": metrics_table(predictions, settings),
+        "comparisons": comparison_table(predictions, settings),
+        "targeted": targeted_table(predictions, settings),
+        "spread": spread_table(predictions, settings),
+        "fits": pd.concat([m.fits for m in study.measured.values()], ignore_index=True),
+        "effects": study.effects,
+        "perplexity": perplexity_table(study.effects, settings),
+        "samples": study.samples,
+    }
+    for name, table in tables.items():
+        write_table(out_dir / f"{name}.parquet", table)
+    save_claims(out_dir, claims(tables, settings))
+    left_out = {"absent": list(study.absent), "notes": list(study.notes)}
+    write_json(out_dir / "settings.json", asdict(settings) | left_out)
+    return tables
