@@ -35,6 +35,7 @@ from emosae_utils.codes import encode_residuals
 from emosae_utils.data import EMOTIONS, cards, is_present, load_corpus
 from emosae_utils.features import activation_bins, permutation_null
 from emosae_utils.files import EmosaeError, pick, write_json, write_table
+from emosae_utils.ledger import Claim, save_claims
 from emosae_utils.models import LM, load_model
 from emosae_utils.saes import Dictionary, available_layers, load_dictionaries
 
@@ -1045,12 +1046,36 @@ def tables(study: Study) -> dict[str, pd.DataFrame]:
     return {k: pd.concat(v, ignore_index=True) if v else pd.DataFrame() for k, v in found.items()}
 
 
+# Unit of each test's value, and what has to hold.
+TESTED = {
+    TESTS[0]: ("share of draws", "The criterion chooses three phases, in the data and in 80 % of bootstrap draws."),
+    TESTS[1]: ("layers", "Topic reaches half of its peak later than form."),
+    TESTS[2]: ("layers", "Emotion reaches half of its peak later than topic."),
+    TESTS[3]: ("of the later share", "Before the last phase the share of emotion is below the tolerance."),
+    TESTS[4]: ("of the later mean", "Before the last phase the features' information is below the tolerance."),
+    "all": ("", "Three phases, form before topic before emotion, and emotion in the last phase only."),
+}
+
+
+def claim_records(claims: pd.DataFrame) -> list[Claim]:
+    """The tests that the verdict rests on (see `tables`), as records of the claims ledger."""
+    records = []
+    for row in claims[claims["headline"]].to_dict("records"):
+        part, (unit, test) = "" if row["test"] == "all" else row["test"], TESTED[row["test"]]
+        value, low, high = (float(row[k]) for k in ("value", "low", "high"))
+        model, dataset, verdict = row["model"], row["dataset"], row["verdict"]
+        records.append(Claim("C1", model, dataset, part, value, low, high, unit, test, verdict))
+    return records
+
+
 def save(study: Study, settings: Settings, out_dir: Path) -> dict[str, pd.DataFrame]:
     """Compute the chapter's tables, write each as parquet into `out_dir`, and return them by name.
 
-    Also writes `settings.json` with the settings, the datasets that were absent, and the factors each dataset lacks.
+    Also writes the claim (`claims.json`), and `settings.json` with the settings, the datasets that were absent, and the
+    factors each dataset lacks.
     """
     made = tables(study)
+    save_claims(out_dir, claim_records(made["claims"]))
     for name, table in made.items():
         if len(table.columns):
             write_table(out_dir / f"{name}.parquet", table)

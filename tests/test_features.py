@@ -186,7 +186,11 @@ def test_planted_features_are_found_with_their_layers_and_their_sharing(
 
     assert load_codes(tmp_path / "planted" / "codes").layers == (0, 1, 2, 3)
     assert set(read_table(tmp_path / "features.parquet").columns) >= {"model", "layer", "feature", "mi", "q", "kind"}
-    assert [c["verdict"] for c in read_json(tmp_path / "claims.json")] == ["supported"] * 3
+    written = read_json(tmp_path / "claims.json")
+    assert [(c["claim"], c["part"], c["verdict"]) for c in written] == [
+        ("C2", part, "supported") for part in (SPECIFIC, SHARED, "")
+    ]
+    assert all(c["low"] > 0 for c in written[:2]) and written[2]["effect"] is None
     said = features.claim_finding(tables["claims"], "planted") + features.selection_finding(tables, "planted", SETTINGS)
     assert "C2, planted: supported" in said and "greater" not in said and "nan" not in said
     assert "first layer with more than shuffled labels give is layer 1" in said

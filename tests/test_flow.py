@@ -356,6 +356,9 @@ def test_from_prompts_to_files(tiny: Callable[[str], LM], tmp_path: Path) -> Non
     assert set(made["shares"]["representation"]) == {CODES, RESIDUAL, flow.RAW, flow.ATTENTION, flow.FFN}
     for name in ("shares", "probes", "features", "lens", "claims", "invariance"):
         assert len(read_table(tmp_path / "out" / f"{name}.parquet")) == len(made[name]) > 0
+    written = read_json(tmp_path / "out" / "claims.json")
+    assert written[-1]["part"] == "" and written[-1]["verdict"] == UNDECIDED
+    assert {c["claim"] for c in written} == {"C1"} and {c["dataset"] for c in written} == {"planted"}
     assert read_json(tmp_path / "out" / "settings.json")["missing"] == {"planted": []}
     curve = made["shares"].query("representation == 'codes' and factor == 'emotion'")
     assert curve["layer"].tolist() == [0, 2] and curve["depth"].tolist() == [0.0, pytest.approx(2 / 3)]
