@@ -24,7 +24,7 @@ ClaimName = Literal["C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8"]
 Verdict = Literal["supported", "not supported", "undecided"]
 # No chapter says this of itself: it stands for the claims that none of the chapters here has tested.
 NOT_TESTED = "not tested"
-BADGES = {"supported": "success", "not supported": "danger", "undecided": "warning", NOT_TESTED: "secondary"}
+BADGES = {"supported": "success", "not supported": "danger", "undecided": "warning", NOT_TESTED: "muted"}
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,8 @@ def _effect(row: pd.Series) -> str:
     largest = max(abs(row["effect"]), np.nan_to_num(abs(row["low"])), np.nan_to_num(abs(row["high"])))
     # Shares need two decimals, perplexities none; a small effect must not be rounded to nothing.
     digits = 4 if largest < 0.01 else 3 if largest < 0.1 else 2 if largest < 100 else 0
-    span = "" if np.isnan(row["low"]) else f" [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
+    # The space is one that no line breaks at.
+    span = "" if np.isnan(row["low"]) else f" [{row['low']:.{digits}f},\u00a0{row['high']:.{digits}f}]"
     return f"{row['effect']:.{digits}f}{span} {row['unit']}".strip()
 
 
@@ -180,7 +181,7 @@ def _link(claim: str, chapter: str) -> str:
     """A claim in words, linked to its chapter if the book has that page."""
     title = f"{claim}: {STATEMENTS[claim].title}"
     there = (repo_dir() / "book" / f"{chapter}.ipynb").is_file()
-    return f"{{doc}}`{title} <{chapter}>`" if there else f"{title} (chapter {chapter})"
+    return f"{{doc}}`{title} <{chapter}>`" if there else title
 
 
 def _cell(text: str) -> str:
@@ -213,7 +214,8 @@ def table(ledger: pd.DataFrame) -> str:
         effect = _effect(row)
         if not effect and len(parts):
             effect = f"{(parts['verdict'] == 'supported').sum()} of {len(parts)} parts supported"
-        words = [row["model"], row["dataset"], effect, _badge(row["verdict"]), row["test"]]
+        test = row["test"] or f"for the chapter *{row['chapter']}* to test"
+        words = [row["model"], row["dataset"], effect, _badge(row["verdict"]), test]
         rows.append([_link(row["claim"], row["chapter"]), *words])
     caption = "Every claim, the test it was put to, and the verdict. Effects with 95 % intervals."
     body = _table(("claim", "model", "texts", "effect", "verdict", "what has to hold"), rows)

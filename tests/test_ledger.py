@@ -78,13 +78,13 @@ def test_the_views_say_it_in_words(tmp_path: Path) -> None:
     assert lines[first + 1].startswith("|  | n | texts | 1 of 2 parts supported |") and lines[first + 1].endswith(
         "|  |"
     )
-    assert any("| 0.0042 [0.0010, 0.0071] macro-F1 | {bdg-success-line}`supported` |" in line for line in lines)
+    assert any("| 0.0042 [0.0010,\u00a00.0071] macro-F1 | {bdg-success-line}`supported` |" in line for line in lines)
     untested = [line for line in lines if "not tested" in line]
-    assert len(untested) == 6 and all("{bdg-secondary-line}`not tested`" in line for line in untested)
+    assert len(untested) == 6 and all("{bdg-muted-line}`not tested`" in line for line in untested)
     assert {line.count(" | ") for line in lines if line.startswith("| ")} == {5}
 
     parts = ledger.part_table(found)
-    assert parts.count(r"early \| late | 0.20 [0.10, 0.30] nats | {bdg-success-line}`supported`") == 2
+    assert parts.count("early \\| late | 0.20 [0.10,\u00a00.30] nats | {bdg-success-line}`supported`") == 2
     assert "| 0.50 share |" in parts
     assert ledger.summary(found) == (
         "Verdicts by model, one for each claim and dataset: "
@@ -106,4 +106,5 @@ def test_a_claim_links_to_its_chapter_only_if_the_book_has_it(tmp_path: Path, mo
     monkeypatch.setattr(ledger, "repo_dir", lambda: tmp_path)
     shown = ledger.table(ledger.read_ledger(tmp_path))
     assert "{doc}`C3: a small set of features drives each emotion <tracing>`" in shown
-    assert "features of several (chapter features)" in shown
+    assert "| C2: features of one emotion, and features of several |" in shown
+    assert "for the chapter *features* to test" in shown
