@@ -215,10 +215,11 @@ def table(ledger: pd.DataFrame) -> str:
         if not effect and len(parts):
             effect = f"{(parts['verdict'] == 'supported').sum()} of {len(parts)} parts supported"
         test = row["test"] or f"for the chapter *{row['chapter']}* to test"
-        words = [row["model"], row["dataset"], effect, _badge(row["verdict"]), test]
+        where = ", ".join(filter(None, (row["model"], row["dataset"])))
+        words = [where, effect, _badge(row["verdict"]), test]
         rows.append([_link(row["claim"], row["chapter"]), *words])
     caption = "Every claim, the test it was put to, and the verdict. Effects with 95 % intervals."
-    body = _table(("claim", "model", "texts", "effect", "verdict", "what has to hold"), rows)
+    body = _table(("claim", "model, texts", "effect", "verdict", "what has to hold"), rows)
     return f":::{{table}} {caption}\n:class: ledger\n\n{body}\n:::"
 
 

@@ -72,16 +72,14 @@ def test_the_views_say_it_in_words(tmp_path: Path) -> None:
     found = ledger.read_ledger(tmp_path)
     lines = ledger.table(found).splitlines()
     first = next(i for i, line in enumerate(lines) if "C1" in line)
-    assert lines[first].startswith("| {doc}`C1: form, then topic, then emotion: three phases <flow>` | m | texts |")
+    assert lines[first].startswith("| {doc}`C1: form, then topic, then emotion: three phases <flow>` | m, texts |")
     assert "| 1 of 2 parts supported | {bdg-warning-line}`undecided` | All parts hold. |" in lines[first]
     # The second model's row repeats neither the claim nor the test.
-    assert lines[first + 1].startswith("|  | n | texts | 1 of 2 parts supported |") and lines[first + 1].endswith(
-        "|  |"
-    )
+    assert lines[first + 1].startswith("|  | n, texts | 1 of 2 parts supported |") and lines[first + 1].endswith("|  |")
     assert any("| 0.0042 [0.0010,\u00a00.0071] macro-F1 | {bdg-success-line}`supported` |" in line for line in lines)
     untested = [line for line in lines if "not tested" in line]
     assert len(untested) == 6 and all("{bdg-muted-line}`not tested`" in line for line in untested)
-    assert {line.count(" | ") for line in lines if line.startswith("| ")} == {5}
+    assert {line.count(" | ") for line in lines if line.startswith("| ")} == {4}
 
     parts = ledger.part_table(found)
     assert parts.count("early \\| late | 0.20 [0.10,\u00a00.30] nats | {bdg-success-line}`supported`") == 2
