@@ -29,7 +29,7 @@ from threadpoolctl import threadpool_limits
 
 from emosae_utils import browser, difficulty, scoring, stats
 from emosae_utils.codes import Codes, read_codes, save_codes
-from emosae_utils.data import cards, is_present, load_corpus
+from emosae_utils.data import load_corpus, which_are_here
 from emosae_utils.files import EmosaeError, write_json, write_table
 from emosae_utils.models import LM, load_model
 from emosae_utils.saes import Dictionary, available_layers, load_dictionaries
@@ -845,14 +845,11 @@ def run_study(
     Raises:
         EmosaeError: if no model has a dictionary, no dataset is present, or a layer has no dictionary.
     """
-    named = {card.name for card in cards()}
-    absent = tuple(d for d in datasets if d in named and not is_present(d))
+    here, absent = which_are_here(datasets)
     sizes = difficulty.Settings(
         rows_per_emotion=settings.rows_per_emotion, fit_rows_per_emotion=settings.rows_per_emotion, seed=settings.seed
     )
-    rows = [difficulty.choose_rows(load_corpus(d).frame, sizes) for d in datasets if d not in absent]
-    if not rows:
-        raise EmosaeError(f"none of the datasets {', '.join(datasets)} is here; see `emosae list`")
+    rows = [difficulty.choose_rows(load_corpus(d).frame, sizes) for d in here]
     found = {chosen.dataset: chosen for chosen in rows}
     measured: dict[str, Measured] = {}
     notes: list[str] = []

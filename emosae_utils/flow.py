@@ -32,7 +32,7 @@ from threadpoolctl import threadpool_limits
 
 from emosae_utils import probes, scoring, stats
 from emosae_utils.codes import encode_residuals
-from emosae_utils.data import EMOTIONS, cards, is_present, load_corpus
+from emosae_utils.data import EMOTIONS, load_corpus, which_are_here
 from emosae_utils.features import activation_bins, permutation_null
 from emosae_utils.files import EmosaeError, pick, write_json, write_table
 from emosae_utils.models import LM, load_model
@@ -969,11 +969,8 @@ def run_study(
     Raises:
         EmosaeError: for an unknown model, layer or dataset, or if no dataset is present.
     """
-    named = {card.name for card in cards()}
-    absent = tuple(d for d in datasets if d in named and not is_present(d))
-    designs = [make_design(load_corpus(d).frame, settings) for d in datasets if d not in absent]
-    if not designs:
-        raise EmosaeError(f"none of the datasets {', '.join(datasets)} is here; see `emosae list`")
+    here, absent = which_are_here(datasets)
+    designs = [make_design(load_corpus(d).frame, settings) for d in here]
     measured: dict[tuple[str, str], Measured] = {}
     for model in dict.fromkeys(models):
         lm = load_model(model, dtype=dtype, device=device)
