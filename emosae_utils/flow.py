@@ -481,19 +481,12 @@ def label_lens(lm: LM, resid_PLD: Array, label_ids: Sequence[Sequence[int]]) -> 
     The final norm and the label rows of the output matrix are put on the residual of each layer, with the model's own
     soft cap where it has one. A label counts by its first token; differences of logits are differences of scores.
     """
-    norm = (lm.hf.get_decoder() if hasattr(lm.hf, "get_decoder") else lm.hf.model).norm
-    rows_ED = lm.hf.get_output_embeddings().weight[[ids[0] for ids in label_ids]]
-    cap = getattr(lm.hf.config.get_text_config(), "final_logit_softcapping", None)
-    out = np.empty((*resid_PLD.shape[:2], len(label_ids)))
+    kind, lens = getattr(torch, lm.dtype), np.empty((*resid_PLD.shape[:2], len(label_ids)))
     with torch.no_grad():
         for i in range(resid_PLD.shape[1]):
-            x_PD = torch.from_numpy(np.ascontiguousarray(resid_PLD[:, i])).to(rows_ED.device, rows_ED.dtype)
-            logits_PE = (norm(x_PD) @ rows_ED.T).float()
-            if cap is not None:
-                logits_PE = cap * torch.tanh(logits_PE / cap)
-            out[:, i] = logits_PE.cpu().numpy()
-    centred_PLE: Array = out - out.mean(axis=2, keepdims=True)
-    return centred_PLE
+            x_PD = torch.from_numpy(np.ascontiguousarray(resid_PLD[:, i])).to(lm.device, kind)
+            lens[:, i] = scoring.label_differences(lm, x_PD, label_ids).cpu().numpy()
+    return lens
 
 
 @dataclass(frozen=True)

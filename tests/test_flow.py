@@ -17,7 +17,7 @@ from emosae_utils import flow, probes
 from emosae_utils.data import EMOTIONS
 from emosae_utils.files import EmosaeError, read_json, read_table
 from emosae_utils.flow import CODES, EMOTION, FORM, NOT_SUPPORTED, RESIDUAL, SUPPORTED, TOPIC, UNDECIDED, Settings
-from emosae_utils.models import LM, decoder_layers
+from emosae_utils.models import LM, decoder_layers, writer_names
 from emosae_utils.saes import load_dictionaries
 from emosae_utils.scoring import build_prompts, read_out
 from tests.test_saes import write
@@ -142,10 +142,8 @@ def test_an_unknown_architecture_is_refused(tiny: Callable[[str], LM], events: p
     other = replace(lm, hf=torch.nn.Module())
     other.hf.model = torch.nn.Module()
     other.hf.model.layers = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
-    from emosae_utils.scoring import _normed_parts
-
     with pytest.raises(EmosaeError, match="hold no self_attn and mlp"):
-        _normed_parts(other)
+        writer_names(other)
 
 
 def test_every_factor_meets_every_other() -> None:
