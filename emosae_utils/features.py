@@ -33,6 +33,7 @@ from emosae_utils.data import load_corpus, which_are_here
 from emosae_utils.files import EmosaeError, write_json, write_table
 from emosae_utils.models import LM, load_model
 from emosae_utils.saes import Dictionary, available_layers, load_dictionaries
+from emosae_utils.stats import NOT_SUPPORTED, SUPPORTED, UNDECIDED
 
 Array = np.ndarray[Any, np.dtype[Any]]
 # Features as (layer, feature).
@@ -40,7 +41,6 @@ Pairs = frozenset[tuple[int, int]]
 
 RESPONSIVE, SPECIFIC, SHARED = "responsive", "specific", "shared"
 DISCOVERY, HELD_OUT = "discovery", "held-out"
-SUPPORTED, NOT_SUPPORTED, UNDECIDED = "supported", "not supported", "undecided"
 # Bins of a feature's activation: silent, and this many quantile groups of its positive values.
 LEVELS = 3
 # Counts held in memory at a time by the permutations.

@@ -37,6 +37,7 @@ from emosae_utils.features import activation_bins, permutation_null
 from emosae_utils.files import EmosaeError, pick, write_json, write_table
 from emosae_utils.models import LM, load_model
 from emosae_utils.saes import Dictionary, available_layers, load_dictionaries
+from emosae_utils.stats import NOT_SUPPORTED, SUPPORTED, UNDECIDED
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -59,7 +60,6 @@ MIN_ACTIVE = 10
 # Two layers whose profiles differ by less than this share of a curve's peak are not told apart.
 RESOLUTION = 0.02
 PHASES_CLAIMED = 3
-SUPPORTED, NOT_SUPPORTED, UNDECIDED = "supported", "not supported", "undecided"
 
 
 @dataclass(frozen=True)
