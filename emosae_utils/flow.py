@@ -33,7 +33,7 @@ from threadpoolctl import threadpool_limits
 from emosae_utils import probes, scoring, stats
 from emosae_utils.codes import encode_residuals
 from emosae_utils.data import EMOTIONS, load_corpus, which_are_here
-from emosae_utils.features import activation_bins, permutation_null
+from emosae_utils.features import activation_bins, false_discovery, permutation_null
 from emosae_utils.files import EmosaeError, pick, write_json, write_table
 from emosae_utils.models import LM, load_model
 from emosae_utils.saes import Dictionary, available_layers, load_dictionaries
@@ -442,14 +442,10 @@ class Information:
 
         p values come from the nulls of all features of the layer, each in units of its own spread.
         """
-        from statsmodels.stats.multitest import multipletests
-
-        if not len(self.value_F):
-            return np.zeros(0, dtype=bool)
         spread_F = np.maximum(self.null_NF.std(axis=0), 1e-12)
         pooled = np.sort((self.null_NF / spread_F).ravel())
         p_F = (1 + len(pooled) - np.searchsorted(pooled, self.value_F / spread_F)) / (1 + len(pooled))
-        kept_F: Array = multipletests(p_F, alpha=rate, method="fdr_bh")[0]
+        kept_F: Array = false_discovery(p_F) <= rate
         return kept_F
 
 
