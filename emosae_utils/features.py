@@ -753,8 +753,7 @@ def _read(
     lm: LM, dictionaries: Mapping[int, Dictionary], rows: pd.DataFrame, labels: Sequence[str], template: str, what: str
 ) -> Codes:
     prompts = scoring.build_prompts(lm, rows, labels=labels, template=template)
-    codes = read_codes(lm, prompts, dictionaries, rows, progress=f"{lm.name}: {what}")
-    return replace(codes, resid_PLD=None)
+    return read_codes(lm, prompts, dictionaries, rows, progress=f"{lm.name}: {what}")
 
 
 def with_model(

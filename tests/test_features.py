@@ -77,12 +77,9 @@ def measure(
     active_PLF = planted_codes(frame, planted)
 
     def read(lm: Any, prompts: Any, dictionaries: Mapping[int, Dictionary], rows: pd.DataFrame, **_: Any) -> Codes:
-        resid_PLD = active_PLF[[truth[i] for i in rows["row_id"]]]
-        by_layer = encode_residuals(dictionaries, resid_PLD)
+        by_layer = encode_residuals(dictionaries, active_PLF[[truth[i] for i in rows["row_id"]]])
         scores_PE = np.zeros((len(rows), len(prompts.labels)))
-        return Codes(
-            lm.name, tuple(by_layer), by_layer, rows.reset_index(drop=True), prompts.labels, scores_PE, resid_PLD
-        )
+        return Codes(lm.name, tuple(by_layer), by_layer, rows.reset_index(drop=True), prompts.labels, scores_PE)
 
     monkeypatch.setattr(features, "read_codes", read)
     found = {layer: Dictionary(layer, basis(lm, layer), "planted") for layer in range(lm.n_layers)}
