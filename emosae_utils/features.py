@@ -697,6 +697,7 @@ class Measured:
         resampled: features selected on resampled topics.
         variants: the selection on each of `others`.
         cut: between specific and shared.
+        tree: of the emotions, by their responses on held-out texts; None if hardly any feature responds.
         cards: for the browser.
         n_layers: of the model.
     """
@@ -709,6 +710,7 @@ class Measured:
     resampled: pd.DataFrame
     variants: Mapping[str, pd.DataFrame]
     cut: Cut
+    tree: Tree | None
     cards: tuple[browser.FeatureCard, ...]
     n_layers: int
 
@@ -787,6 +789,7 @@ def with_model(
     quick = replace(settings, shuffles=0)
     variants = {name: select(read, read.labels, quick)[0] for name, read in others.items()}
     table = described(table, resampled, labels, cut.value, settings.resamples)
+    tree = emotion_tree(codes.select(codes.rows["split"] != "discovery"), table, labels, settings)
     shown = browser.make_cards(
         lm,
         dictionaries,
@@ -797,7 +800,7 @@ def with_model(
         n_texts=settings.n_texts,
         progress=f"{lm.name}: cards",
     )
-    return Measured(labels, codes, others, table, shuffled, resampled, variants, cut, shown, lm.n_layers)
+    return Measured(labels, codes, others, table, shuffled, resampled, variants, cut, tree, shown, lm.n_layers)
 
 
 @dataclass(frozen=True)
@@ -953,7 +956,7 @@ def save(study: Study, settings: Settings, out_dir: Path) -> dict[str, pd.DataFr
         }
         for name, table in found.items():
             kept.setdefault(name, []).append(table.assign(model=model))
-        tree = emotion_tree(held, measured.table, labels, settings)
+        tree = measured.tree
         trees[model] = None if tree is None else asdict(tree) | {"merges": tree.merges.tolist()}
         save_codes(out_dir / folder_of(model) / "codes", measured.codes)
     tables = {name: pd.concat(parts, ignore_index=True) for name, parts in kept.items()}

@@ -229,10 +229,10 @@ def test_every_figure_and_sentence_survives_finding_little(
     kept = (measured.table["layer"] == 2) & (measured.table["feature"] == 0) & something
     quiet = {f"in_{e}": measured.table[f"in_{e}"] & kept for e in EMOTIONS}
     table = measured.table.assign(responsive=kept, kind=measured.table["kind"].where(kept, ""), **quiet)
-    measured = replace(measured, table=table, resampled=measured.resampled.head(0))
+    tree = features.emotion_tree(measured.held_out, table, EMOTIONS, settings)
+    measured = replace(measured, table=table, resampled=measured.resampled.head(0), tree=tree)
     study = features.Study({"planted": measured}, {"planted": rows_of(measured)}, ("isear",), ("a note",))
     tables = features.save(study, settings, tmp_path)
-    tree = features.emotion_tree(measured.held_out, table, EMOTIONS, settings)
     for figure in (
         plots.features_counts(tables["counts"]),
         plots.features_entropy(tables["features"], {"planted": measured.cut}),
