@@ -856,8 +856,8 @@ def claim_tests(phases: Phases | None, told: Curve | None, settings: Settings) -
     Columns: test, value, low, high, verdict.
 
     - three phases: share of bootstrap draws in which the criterion chooses three. Supported from .80 on if it chooses
-      three in the data too, not supported up to .20 if it does not. (Where three phases are planted, about one draw in
-      ten is cut further.)
+      three in the data too, not supported up to .20 if it does not. (Even where three phases are planted, some draws
+      are cut further.)
     - form before topic, topic before emotion: later onset less earlier onset, in layers. Supported if the interval
       lies above zero, not supported if none of it does.
     - emotion only late: mean emotion share before the last of three phases over that within it. Supported if the
