@@ -15,7 +15,7 @@ import psutil
 import typer
 import yaml
 
-from emosae_utils import data, files, models, runner, training
+from emosae_utils import data, files, models, runner, sweep, training
 from emosae_utils.files import EmosaeError
 from emosae_utils.training import TrainConfig
 
@@ -57,6 +57,34 @@ def run(
         runner.run_profile(profile, only=chapters or (), given=given, force=force, say=typer.echo)
     except KeyboardInterrupt:
         _stop()
+
+
+@app.command("sweep")
+def sweep_grid(
+    chapter: Annotated[str, typer.Argument(help="the chapter to run at every point")],
+    profile: Profile = "default",
+    y: Annotated[list[str] | None, typer.Option("-y", help="values to go over, as in 'seed: [0, 1, 2]'")] = None,
+    p: Annotated[list[str] | None, typer.Option("-p", help="a parameter that stays the same, name=value")] = None,
+    jobs: Annotated[int, typer.Option(min=0, help="most processes at a time; as many as fit if 0")] = 0,
+    memory_gb: Annotated[float, typer.Option(min=0, help="memory for each; as measured before, or 4, if 0")] = 0.0,
+    force: Annotated[bool, typer.Option("--force", help="run what is up to date too")] = False,
+) -> None:
+    """Run a chapter over a grid of parameters, in parallel; finished points are skipped. Exits with 1 if one fails."""
+    points = sweep.grid_points(chapter, _parameters([], y or []), profile=profile, fixed=_parameters(p or [], []))
+    for name in dict.fromkeys(name for point in points for name in runner.model_names(point.parameters)):
+        if not models.is_prepared(models.model_profile(name)):
+            typer.echo(f"{name}: preparing its weights, once")
+            models.ensure_weights(name, fetch=True)
+    try:
+        outcomes = sweep.run_sweep(points, jobs=jobs, bound=int(memory_gb * 1e9), force=force, say=typer.echo)
+    except KeyboardInterrupt:
+        typer.echo("stopped; finished points are kept, the same command goes on from there", err=True)
+        raise typer.Exit(130) from None
+    typer.echo(f"tables of the finished points: {sweep.gather(outcomes)}")
+    failed = [outcome for outcome in outcomes if outcome.error]
+    for outcome in failed:
+        typer.echo(f"failed: {outcome.point.digest} ({outcome.point.label}): {outcome.error}", err=True)
+    raise typer.Exit(1 if failed else 0)
 
 
 @app.command()

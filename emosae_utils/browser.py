@@ -23,7 +23,7 @@ from tqdm import tqdm
 from emosae_utils import scoring
 from emosae_utils.codes import Codes
 from emosae_utils.files import EmosaeError, atomic_file, read_json, write_json
-from emosae_utils.models import LM, decoder_layers
+from emosae_utils.models import LM, decoder_layers, final_norm
 from emosae_utils.saes import Dictionary
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -257,9 +257,7 @@ def _token_codes(
 
 def _final_norm_weight(lm: LM) -> torch.Tensor:
     """The factor by which the final norm scales each direction, [d_model]; its bias and its division are left out."""
-    decoder = lm.hf.get_decoder() if hasattr(lm.hf, "get_decoder") else lm.hf.model
-    norm = next((getattr(decoder, n) for n in ("norm", "ln_f", "final_layer_norm") if hasattr(decoder, n)), None)
-    dtype = getattr(torch, lm.dtype)
+    norm, dtype = final_norm(lm), getattr(torch, lm.dtype)
     if norm is None:
         return torch.ones(lm.d_model, device=lm.device)
     # A vector of mean zero and mean square one passes every kind of norm unscaled.

@@ -45,7 +45,6 @@ class Codes:
         rows: one line per prompt, in the same order: what is known of its text (`row_id`, `emotion`, `topic`, ...).
         labels: the labels scored.
         scores_PE: label scores [prompts, labels], nats.
-        resid_PLD: residuals the codes were read from, [prompts, layers, d_model]; None when read back from a file.
     """
 
     model: str
@@ -54,7 +53,6 @@ class Codes:
     rows: pd.DataFrame
     labels: tuple[str, ...]
     scores_PE: FloatArray
-    resid_PLD: Array | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -80,7 +78,6 @@ class Codes:
             self.rows.iloc[index_P].reset_index(drop=True),
             self.labels,
             self.scores_PE[index_P],
-            None if self.resid_PLD is None else self.resid_PLD[index_P],
         )
 
 
@@ -114,11 +111,11 @@ def read_codes(
     read = read_out(lm, prompts, layers=layers, progress=progress)
     assert read.resid_PLD is not None
     by_layer = encode_residuals(dictionaries, read.resid_PLD)
-    return Codes(lm.name, layers, by_layer, rows.reset_index(drop=True), prompts.labels, read.scores_PE, read.resid_PLD)
+    return Codes(lm.name, layers, by_layer, rows.reset_index(drop=True), prompts.labels, read.scores_PE)
 
 
 def save_codes(folder: Path, codes: Codes) -> None:
-    """Write codes to a folder: one safetensors file, the rows as a table, and checksums. Residuals are not kept."""
+    """Write codes to a folder: one safetensors file, the rows as a table, and checksums."""
     from safetensors.numpy import save_file
 
     tensors = {"scores_PE": np.ascontiguousarray(codes.scores_PE)}

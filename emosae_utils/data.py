@@ -954,6 +954,22 @@ def is_present(name: str, *, data_dir: Path | None = None) -> bool:
     return _find(_CARDS[pick("dataset", name, _CARDS)], data_dir) is not None
 
 
+def which_are_here(names: Iterable[str]) -> tuple[list[str], tuple[str, ...]]:
+    """Of dataset names and paths, those that can be loaded, and the named sets that are not on this machine.
+
+    A path counts as here; `load_corpus` says if it is not.
+
+    Raises:
+        EmosaeError: if none is here.
+    """
+    names = list(names)
+    absent = tuple(name for name in names if name in _CARDS and not is_present(name))
+    here = [name for name in names if name not in absent]
+    if not here:
+        raise EmosaeError(f"none of the datasets {', '.join(names)} is here; see `emosae list`")
+    return here, absent
+
+
 def fetch_corpus(name: str) -> list[Path]:
     """Make sure a named dataset is here and unaltered, and return the paths of its files.
 

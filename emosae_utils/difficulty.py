@@ -25,7 +25,7 @@ import pandas as pd
 import torch
 
 from emosae_utils import probes, scoring, stats
-from emosae_utils.data import EMOTIONS, cards, is_present, load_corpus, reader_annotations
+from emosae_utils.data import EMOTIONS, load_corpus, reader_annotations, which_are_here
 from emosae_utils.files import EmosaeError, write_json, write_table
 from emosae_utils.models import LM, load_model
 from emosae_utils.saes import available_layers, load_dictionaries
@@ -472,22 +472,17 @@ def run_study(
     Raises:
         EmosaeError: for an unknown model or dataset, or if no dataset is present.
     """
-    named = {card.name for card in cards()}
-    absent = tuple(d for d in datasets if d in named and not is_present(d))
+    here, absent = which_are_here(datasets)
     rows: dict[str, Rows] = {}
     tables: list[pd.DataFrame] = []
     neutral: dict[str, pd.DataFrame] = {}
-    for dataset in datasets:
-        if dataset in absent:
-            continue
+    for dataset in here:
         readers = reader_annotations() if dataset == "crowd-envent" else None
         frame = load_corpus(dataset, emotions=None).frame
         chosen = choose_rows(frame, settings, readers)
         rows[chosen.dataset] = chosen
         neutral[chosen.dataset] = frame[(frame["emotion"] == "neutral") & (frame["split"] == "discovery")].head(72)
         tables.append(without_model(chosen, readers).assign(dataset=chosen.dataset, model=""))
-    if not rows:
-        raise EmosaeError(f"none of the datasets {', '.join(datasets)} is here; see `emosae list`")
     measured: dict[tuple[str, str], Measured] = {}
     for model in dict.fromkeys(models):
         lm = load_model(model, dtype=dtype, device=device)

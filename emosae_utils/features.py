@@ -29,10 +29,12 @@ from threadpoolctl import threadpool_limits
 
 from emosae_utils import browser, difficulty, scoring, stats
 from emosae_utils.codes import Codes, read_codes, save_codes
-from emosae_utils.data import cards, is_present, load_corpus
+from emosae_utils.data import load_corpus, which_are_here
 from emosae_utils.files import EmosaeError, write_json, write_table
+from emosae_utils.ledger import Claim, save_claims
 from emosae_utils.models import LM, load_model
 from emosae_utils.saes import Dictionary, available_layers, load_dictionaries
+from emosae_utils.stats import NOT_SUPPORTED, SUPPORTED, UNDECIDED
 
 Array = np.ndarray[Any, np.dtype[Any]]
 # Features as (layer, feature).
@@ -40,7 +42,6 @@ Pairs = frozenset[tuple[int, int]]
 
 RESPONSIVE, SPECIFIC, SHARED = "responsive", "specific", "shared"
 DISCOVERY, HELD_OUT = "discovery", "held-out"
-SUPPORTED, NOT_SUPPORTED, UNDECIDED = "supported", "not supported", "undecided"
 # Bins of a feature's activation: silent, and this many quantile groups of its positive values.
 LEVELS = 3
 # Counts held in memory at a time by the permutations.
@@ -697,6 +698,7 @@ class Measured:
         resampled: features selected on resampled topics.
         variants: the selection on each of `others`.
         cut: between specific and shared.
+        tree: of the emotions, by their responses on held-out texts; None if hardly any feature responds.
         cards: for the browser.
         n_layers: of the model.
     """
@@ -709,6 +711,7 @@ class Measured:
     resampled: pd.DataFrame
     variants: Mapping[str, pd.DataFrame]
     cut: Cut
+    tree: Tree | None
     cards: tuple[browser.FeatureCard, ...]
     n_layers: int
 
@@ -753,8 +756,7 @@ def _read(
     lm: LM, dictionaries: Mapping[int, Dictionary], rows: pd.DataFrame, labels: Sequence[str], template: str, what: str
 ) -> Codes:
     prompts = scoring.build_prompts(lm, rows, labels=labels, template=template)
-    codes = read_codes(lm, prompts, dictionaries, rows, progress=f"{lm.name}: {what}")
-    return replace(codes, resid_PLD=None)
+    return read_codes(lm, prompts, dictionaries, rows, progress=f"{lm.name}: {what}")
 
 
 def with_model(
@@ -788,6 +790,7 @@ def with_model(
     quick = replace(settings, shuffles=0)
     variants = {name: select(read, read.labels, quick)[0] for name, read in others.items()}
     table = described(table, resampled, labels, cut.value, settings.resamples)
+    tree = emotion_tree(codes.select(codes.rows["split"] != "discovery"), table, labels, settings)
     shown = browser.make_cards(
         lm,
         dictionaries,
@@ -798,7 +801,7 @@ def with_model(
         n_texts=settings.n_texts,
         progress=f"{lm.name}: cards",
     )
-    return Measured(labels, codes, others, table, shuffled, resampled, variants, cut, shown, lm.n_layers)
+    return Measured(labels, codes, others, table, shuffled, resampled, variants, cut, tree, shown, lm.n_layers)
 
 
 @dataclass(frozen=True)
@@ -845,14 +848,11 @@ def run_study(
     Raises:
         EmosaeError: if no model has a dictionary, no dataset is present, or a layer has no dictionary.
     """
-    named = {card.name for card in cards()}
-    absent = tuple(d for d in datasets if d in named and not is_present(d))
+    here, absent = which_are_here(datasets)
     sizes = difficulty.Settings(
         rows_per_emotion=settings.rows_per_emotion, fit_rows_per_emotion=settings.rows_per_emotion, seed=settings.seed
     )
-    rows = [difficulty.choose_rows(load_corpus(d).frame, sizes) for d in datasets if d not in absent]
-    if not rows:
-        raise EmosaeError(f"none of the datasets {', '.join(datasets)} is here; see `emosae list`")
+    rows = [difficulty.choose_rows(load_corpus(d).frame, sizes) for d in here]
     found = {chosen.dataset: chosen for chosen in rows}
     measured: dict[str, Measured] = {}
     notes: list[str] = []
@@ -923,6 +923,25 @@ def claim_table(measured: Measured, replication: pd.DataFrame, settings: Setting
     return pd.DataFrame([*records, {"kind": "both", "verdict": both}])
 
 
+# What has to hold, by the kind of `claim_table`; its verdict on both has no part of its own.
+TESTED = {
+    SPECIFIC: "More of them than in 95 % of shuffles; on held-out texts the first emotion leads the second.",
+    SHARED: "More of them than in 95 % of shuffles; on held-out texts the second emotion leads those outside the set.",
+    "both": "Both kinds exist, by number and by held-out contrast.",
+}
+
+
+def claim_records(claims: pd.DataFrame, dataset: str) -> list[Claim]:
+    """The table of `claim_table`, with its models, as records of the claims ledger."""
+    records = []
+    for row in claims.to_dict("records"):
+        part, unit = ("", "") if row["kind"] == "both" else (row["kind"], "SD of activation")
+        value, low, high = (float(row[k]) for k in ("value", "low", "high"))
+        test, verdict = TESTED[row["kind"]], row["verdict"]
+        records.append(Claim("C2", row["model"], dataset, part, value, low, high, unit, test, verdict))
+    return records
+
+
 def folder_of(model: str) -> str:
     """The folder of a model's codes: its name, with slashes as two dashes; of a local folder the last part."""
     name = Path(model).name if Path(model).is_dir() else model.replace("/", "--")
@@ -957,7 +976,7 @@ def save(study: Study, settings: Settings, out_dir: Path) -> dict[str, pd.DataFr
         }
         for name, table in found.items():
             kept.setdefault(name, []).append(table.assign(model=model))
-        tree = emotion_tree(held, measured.table, labels, settings)
+        tree = measured.tree
         trees[model] = None if tree is None else asdict(tree) | {"merges": tree.merges.tolist()}
         save_codes(out_dir / folder_of(model) / "codes", measured.codes)
     tables = {name: pd.concat(parts, ignore_index=True) for name, parts in kept.items()}
@@ -965,8 +984,7 @@ def save(study: Study, settings: Settings, out_dir: Path) -> dict[str, pd.DataFr
         write_table(out_dir / f"{name}.parquet", table)
     write_json(out_dir / "trees.json", trees)
     write_json(out_dir / "cuts.json", {model: asdict(m.cut) for model, m in study.measured.items()})
-    verdicts = tables["claims"].astype(object)
-    write_json(out_dir / "claims.json", verdicts.where(verdicts.notna(), None).assign(claim="C2").to_dict("records"))
+    save_claims(out_dir, claim_records(tables["claims"], study.dataset))
     shown = [card for measured in study.measured.values() for card in measured.cards]
     browser.save_cards(out_dir / "cards.json", shown)
     browser.write_browser(out_dir / "browser.html", shown)

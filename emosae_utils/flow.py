@@ -32,11 +32,13 @@ from threadpoolctl import threadpool_limits
 
 from emosae_utils import probes, scoring, stats
 from emosae_utils.codes import encode_residuals
-from emosae_utils.data import EMOTIONS, cards, is_present, load_corpus
-from emosae_utils.features import activation_bins, permutation_null
+from emosae_utils.data import EMOTIONS, load_corpus, which_are_here
+from emosae_utils.features import activation_bins, false_discovery, permutation_null
 from emosae_utils.files import EmosaeError, pick, write_json, write_table
+from emosae_utils.ledger import Claim, save_claims
 from emosae_utils.models import LM, load_model
 from emosae_utils.saes import Dictionary, available_layers, load_dictionaries
+from emosae_utils.stats import NOT_SUPPORTED, SUPPORTED, UNDECIDED
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -59,7 +61,6 @@ MIN_ACTIVE = 10
 # Two layers whose profiles differ by less than this share of a curve's peak are not told apart.
 RESOLUTION = 0.02
 PHASES_CLAIMED = 3
-SUPPORTED, NOT_SUPPORTED, UNDECIDED = "supported", "not supported", "undecided"
 
 
 @dataclass(frozen=True)
@@ -442,14 +443,10 @@ class Information:
 
         p values come from the nulls of all features of the layer, each in units of its own spread.
         """
-        from statsmodels.stats.multitest import multipletests
-
-        if not len(self.value_F):
-            return np.zeros(0, dtype=bool)
         spread_F = np.maximum(self.null_NF.std(axis=0), 1e-12)
         pooled = np.sort((self.null_NF / spread_F).ravel())
         p_F = (1 + len(pooled) - np.searchsorted(pooled, self.value_F / spread_F)) / (1 + len(pooled))
-        kept_F: Array = multipletests(p_F, alpha=rate, method="fdr_bh")[0]
+        kept_F: Array = false_discovery(p_F) <= rate
         return kept_F
 
 
@@ -481,19 +478,12 @@ def label_lens(lm: LM, resid_PLD: Array, label_ids: Sequence[Sequence[int]]) -> 
     The final norm and the label rows of the output matrix are put on the residual of each layer, with the model's own
     soft cap where it has one. A label counts by its first token; differences of logits are differences of scores.
     """
-    norm = (lm.hf.get_decoder() if hasattr(lm.hf, "get_decoder") else lm.hf.model).norm
-    rows_ED = lm.hf.get_output_embeddings().weight[[ids[0] for ids in label_ids]]
-    cap = getattr(lm.hf.config.get_text_config(), "final_logit_softcapping", None)
-    out = np.empty((*resid_PLD.shape[:2], len(label_ids)))
+    kind, lens = getattr(torch, lm.dtype), np.empty((*resid_PLD.shape[:2], len(label_ids)))
     with torch.no_grad():
         for i in range(resid_PLD.shape[1]):
-            x_PD = torch.from_numpy(np.ascontiguousarray(resid_PLD[:, i])).to(rows_ED.device, rows_ED.dtype)
-            logits_PE = (norm(x_PD) @ rows_ED.T).float()
-            if cap is not None:
-                logits_PE = cap * torch.tanh(logits_PE / cap)
-            out[:, i] = logits_PE.cpu().numpy()
-    centred_PLE: Array = out - out.mean(axis=2, keepdims=True)
-    return centred_PLE
+            x_PD = torch.from_numpy(np.ascontiguousarray(resid_PLD[:, i])).to(lm.device, kind)
+            lens[:, i] = scoring.label_differences(lm, x_PD, label_ids).cpu().numpy()
+    return lens
 
 
 @dataclass(frozen=True)
@@ -867,8 +857,8 @@ def claim_tests(phases: Phases | None, told: Curve | None, settings: Settings) -
     Columns: test, value, low, high, verdict.
 
     - three phases: share of bootstrap draws in which the criterion chooses three. Supported from .80 on if it chooses
-      three in the data too, not supported up to .20 if it does not. (Where three phases are planted, about one draw in
-      ten is cut further.)
+      three in the data too, not supported up to .20 if it does not. (Even where three phases are planted, some draws
+      are cut further.)
     - form before topic, topic before emotion: later onset less earlier onset, in layers. Supported if the interval
       lies above zero, not supported if none of it does.
     - emotion only late: mean emotion share before the last of three phases over that within it. Supported if the
@@ -969,11 +959,8 @@ def run_study(
     Raises:
         EmosaeError: for an unknown model, layer or dataset, or if no dataset is present.
     """
-    named = {card.name for card in cards()}
-    absent = tuple(d for d in datasets if d in named and not is_present(d))
-    designs = [make_design(load_corpus(d).frame, settings) for d in datasets if d not in absent]
-    if not designs:
-        raise EmosaeError(f"none of the datasets {', '.join(datasets)} is here; see `emosae list`")
+    here, absent = which_are_here(datasets)
+    designs = [make_design(load_corpus(d).frame, settings) for d in here]
     measured: dict[tuple[str, str], Measured] = {}
     for model in dict.fromkeys(models):
         lm = load_model(model, dtype=dtype, device=device)
@@ -1045,12 +1032,36 @@ def tables(study: Study) -> dict[str, pd.DataFrame]:
     return {k: pd.concat(v, ignore_index=True) if v else pd.DataFrame() for k, v in found.items()}
 
 
+# Unit of each test's value, and what has to hold.
+TESTED = {
+    TESTS[0]: ("share of draws", "The criterion chooses three phases, in the data and in 80 % of bootstrap draws."),
+    TESTS[1]: ("layers", "Topic reaches half of its peak later than form."),
+    TESTS[2]: ("layers", "Emotion reaches half of its peak later than topic."),
+    TESTS[3]: ("of the later share", "Before the last phase the share of emotion is below the tolerance."),
+    TESTS[4]: ("of the later mean", "Before the last phase the features' information is below the tolerance."),
+    "all": ("", "Three phases, form before topic before emotion, and emotion in the last phase only."),
+}
+
+
+def claim_records(claims: pd.DataFrame) -> list[Claim]:
+    """The tests that the verdict rests on (see `tables`), as records of the claims ledger."""
+    records = []
+    for row in claims[claims["headline"]].to_dict("records"):
+        part, (unit, test) = "" if row["test"] == "all" else row["test"], TESTED[row["test"]]
+        value, low, high = (float(row[k]) for k in ("value", "low", "high"))
+        model, dataset, verdict = row["model"], row["dataset"], row["verdict"]
+        records.append(Claim("C1", model, dataset, part, value, low, high, unit, test, verdict))
+    return records
+
+
 def save(study: Study, settings: Settings, out_dir: Path) -> dict[str, pd.DataFrame]:
     """Compute the chapter's tables, write each as parquet into `out_dir`, and return them by name.
 
-    Also writes `settings.json` with the settings, the datasets that were absent, and the factors each dataset lacks.
+    Also writes the claim (`claims.json`), and `settings.json` with the settings, the datasets that were absent, and the
+    factors each dataset lacks.
     """
     made = tables(study)
+    save_claims(out_dir, claim_records(made["claims"]))
     for name, table in made.items():
         if len(table.columns):
             write_table(out_dir / f"{name}.parquet", table)

@@ -382,3 +382,26 @@ def decoder_layers(root: Any) -> Any:
         if found is not None:
             return found
     raise EmosaeError("this architecture keeps its residual blocks in an unknown place; add it to decoder_layers")
+
+
+def writer_names(lm: LM) -> tuple[str, str]:
+    """Names of the modules of a block that write what attention and what the feed-forward network add to the stream.
+
+    Gemma 2 and 3 normalise both before they add them.
+
+    Raises:
+        EmosaeError: if the blocks are built in another way.
+    """
+    block = decoder_layers(lm.hf)[0]
+    if not hasattr(block, "self_attn") or not hasattr(block, "mlp"):
+        raise EmosaeError(f"the blocks of {lm.name} hold no self_attn and mlp; their parts cannot be read")
+    # Llama also has a post_attention_layernorm, which is the norm before its feed-forward network.
+    if hasattr(block, "post_feedforward_layernorm"):
+        return "post_attention_layernorm", "post_feedforward_layernorm"
+    return "self_attn", "mlp"
+
+
+def final_norm(lm: LM) -> Any:
+    """The norm between the last block and the output matrix; None if it is not where it is looked for."""
+    decoder = lm.hf.get_decoder() if hasattr(lm.hf, "get_decoder") else lm.hf.model
+    return next((getattr(decoder, n) for n in ("norm", "ln_f", "final_layer_norm") if hasattr(decoder, n)), None)

@@ -98,6 +98,14 @@ def set_style() -> None:
     )
 
 
+def _note(text: str) -> Figure:
+    """A figure that says why there is nothing to draw."""
+    figure, ax = plt.subplots(figsize=(6, 0.8))
+    ax.set_axis_off()
+    ax.text(0, 0.5, text, va="center")
+    return figure
+
+
 def _bars(ax: Axes, x: Any, table: pd.DataFrame, **style: Any) -> None:
     """Points with their intervals as vertical lines."""
     ax.errorbar(x, table["value"], yerr=[table["value"] - table["low"], table["high"] - table["value"]], **style)
@@ -351,10 +359,7 @@ def dictionary_stability(table: pd.DataFrame, threshold: float = 0.7) -> Figure:
     """How close the nearest feature of another seed is, per layer, beside a random dictionary."""
     pairs = list(dict.fromkeys(zip(table["model"], table["layer"], strict=True)))
     if not pairs:
-        figure, ax = plt.subplots(figsize=(5, 0.8))
-        ax.set_axis_off()
-        ax.text(0, 0.5, "No second seed was trained for the layers of this run.", va="center")
-        return figure
+        return _note("No second seed was trained for the layers of this run.")
     figure, axes = plt.subplots(1, len(pairs), figsize=(2.9 * len(pairs), 2.8), sharey=True, squeeze=False)
     bins = np.linspace(0, 1, 41)
     for ax, (model, layer) in zip(axes[0], pairs, strict=True):
@@ -493,10 +498,7 @@ def flow_probes(table: pd.DataFrame, dataset: str) -> Figure:
 def flow_features(table: pd.DataFrame, dataset: str) -> Figure:
     """What single features tell of the emotion over depth, one panel per measure, one line per model."""
     if not len(table) or dataset not in set(table["dataset"]):
-        figure, ax = plt.subplots(figsize=(5, 0.8))
-        ax.set_axis_off()
-        ax.text(0, 0.5, "No model of this run has dictionaries.", va="center")
-        return figure
+        return _note("No model of this run has dictionaries.")
     figure, axes = plt.subplots(1, 4, figsize=(12.6, 3.1), sharex=True)
     here = table[table["dataset"] == dataset]
     titles = {
@@ -562,10 +564,7 @@ def flow_lens(table: pd.DataFrame, dataset: str) -> Figure:
 def flow_phases(phases: pd.DataFrame, dataset: str) -> Figure:
     """Onsets of form, topic and emotion, and chosen phase boundaries, with intervals, per representation."""
     if not len(phases) or dataset not in set(phases["dataset"]):
-        figure, ax = plt.subplots(figsize=(5, 0.8))
-        ax.set_axis_off()
-        ax.text(0, 0.5, "Too few layers were read to look for phases.", va="center")
-        return figure
+        return _note("Too few layers were read to look for phases.")
     here = phases[phases["dataset"] == dataset]
     models = list(dict.fromkeys(here["model"]))
     order = [p for p in ("codes", "residual", "residual, raw", "attention", "FFN") if p in set(here["representation"])]
@@ -588,14 +587,6 @@ def flow_phases(phases: pd.DataFrame, dataset: str) -> Figure:
         ax.set_xlabel("depth")
         ax.set_title(model)
     _flow_legend(figure, list(axes[0]))
-    return figure
-
-
-def _note(text: str) -> Figure:
-    """A figure that says why there is nothing to draw."""
-    figure, ax = plt.subplots(figsize=(6, 0.8))
-    ax.set_axis_off()
-    ax.text(0, 0.5, text, va="center")
     return figure
 
 

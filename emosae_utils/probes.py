@@ -131,24 +131,24 @@ def fit_probe(
     y_P: Array,
     groups_P: Sequence[Any],
     *,
-    penalties: Sequence[float] = (),
     codes: bool = False,
     seed: int = 0,
 ) -> Probe:
     """Choose layer and penalty by grouped cross-validation on these rows, then fit on all of them.
 
+    The penalties tried are `PENALTIES`, or `CODE_PENALTIES` for codes.
+
     Args:
         resid_PLD: features [rows, layers, width].
         y_P: class indices.
         groups_P: topic or writer of each row.
-        penalties: inverse L2 penalties to choose from; `PENALTIES`, or `CODE_PENALTIES` for codes, if empty.
         codes: the features are sparse codes, which are Pareto-scaled and not standardised.
         seed: of the fold assignment.
 
     Raises:
         EmosaeError: if there are too few groups.
     """
-    penalties = penalties or (CODE_PENALTIES if codes else PENALTIES)
+    penalties = CODE_PENALTIES if codes else PENALTIES
     curves_CL = np.array([layer_curve(resid_PLD, y_P, groups_P, penalty=c, codes=codes, seed=seed) for c in penalties])
     best_c, layer = (int(i) for i in np.unravel_index(int(curves_CL.argmax()), curves_CL.shape))
     pipeline = _fit(_classifier(penalties[best_c], codes), resid_PLD[:, layer], y_P)

@@ -151,18 +151,16 @@ def measure(lm: LM, dictionaries: Mapping[int, Dictionary], settings: Settings, 
     rows = []
     for i, layer in enumerate(layers):
         dictionary = dictionaries[layer]
-        acts_PD = read.resid_PLD[:, i]
+        acts_PD, text_PD = read.resid_PLD[:, i], after_LPD[i]
+        codes_PF, text_codes_PF = dictionary.encode(torch.from_numpy(acts_PD)), dictionary.encode(text_PD)
         row: dict[str, Any] = {"layer": layer, "features": dictionary.n_features}
-        row |= _variance(dictionary, acts_PD[:n_fit], acts_PD[n_fit:], weights_RP)
-        text_PD = after_LPD[i]
-        codes_PF = dictionary.encode(text_PD)
-        row["running_variance"] = variance_explained(text_PD, dictionary.decode(codes_PF).cpu())
-        row["running_l0"] = float((codes_PF > 0).sum(dim=1).float().mean())
-        row |= _probes(dictionary, acts_PD, y_P, n_fit, groups, settings)
+        row |= _variance(dictionary, acts_PD, codes_PF[n_fit:], weights_RP)
+        row["running_variance"] = variance_explained(text_PD, dictionary.decode(text_codes_PF).cpu())
+        row["running_l0"] = float((text_codes_PF > 0).sum(dim=1).float().mean())
+        row |= _probes(dictionary, acts_PD, codes_PF.cpu().numpy(), y_P, groups, settings)
         row |= _recovered(losses[losses["layer"] == layer], weights_RS)
         row |= spliced[layer]
-        everything_PF = torch.cat([codes_PF, dictionary.encode(torch.from_numpy(acts_PD))])
-        row["silent"] = int((everything_PF > 0).sum(dim=0).eq(0).sum())
+        row["silent"] = int((torch.cat([text_codes_PF, codes_PF]) > 0).sum(dim=0).eq(0).sum())
         row |= _training_facts(dictionary)
         rows.append(row)
     kept = _kept_error(lm, test, dictionaries, labels, settings)
@@ -179,9 +177,12 @@ def measure(lm: LM, dictionaries: Mapping[int, Dictionary], settings: Settings, 
     return Quality(pd.DataFrame(rows), facts)
 
 
-def _variance(dictionary: Dictionary, fit_PD: Array, test_PD: Array, weights_RP: Array) -> dict[str, Any]:
-    """Variance explained at the read-out, by the dictionary and by controls with as many active directions."""
-    codes_PF = dictionary.encode(torch.from_numpy(test_PD))
+def _variance(dictionary: Dictionary, acts_PD: Array, codes_PF: torch.Tensor, weights_RP: Array) -> dict[str, Any]:
+    """Variance explained at the read-out, by the dictionary and by controls with as many active directions.
+
+    The codes are those of the last rows, which are measured on; controls are fitted to the rows before them.
+    """
+    fit_PD, test_PD = acts_PD[: -len(codes_PF)], acts_PD[-len(codes_PF) :]
     l0 = float((codes_PF > 0).sum(dim=1).float().mean())
     total_P = ((test_PD - test_PD.mean(axis=0)) ** 2).sum(axis=1)
     random = random_dictionary(dictionary, torch.from_numpy(fit_PD), seed=0)
@@ -198,10 +199,13 @@ def _variance(dictionary: Dictionary, fit_PD: Array, test_PD: Array, weights_RP:
 
 
 def _probes(
-    dictionary: Dictionary, acts_PD: Array, y_P: Array, n_fit: int, groups: Sequence[Any], settings: Settings
+    dictionary: Dictionary, acts_PD: Array, codes_PF: Array, y_P: Array, groups: Sequence[Any], settings: Settings
 ) -> dict[str, Any]:
-    """Held-out accuracy of linear probes on the residual, on the codes, and along difference-of-means directions."""
-    codes_PF = dictionary.encode(torch.from_numpy(acts_PD)).cpu().numpy()
+    """Held-out accuracy of linear probes on the residual, on the codes, and along difference-of-means directions.
+
+    Fitted to the first rows, which have a group.
+    """
+    n_fit = len(groups)
     directions_FD = dictionary.sae.W_dec.detach().cpu().numpy()
     residual = fit_probe(acts_PD[:n_fit, None], y_P[:n_fit], groups, seed=settings.seed)
     coded = fit_code_probe(codes_PF[:n_fit], directions_FD, y_P[:n_fit], groups, seed=settings.seed)

@@ -63,15 +63,16 @@ PLACES = {"out_dir": ".", "in_dir": ".."}
 
 @dataclass(frozen=True)
 class Chapter:
-    """A notebook of `book/` with the parameters that a profile gives it."""
+    """A notebook of `book/`, or of another folder, with the parameters that a profile gives it."""
 
     notebook: str
     parameters: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    book: str = ""
 
     @property
     def source(self) -> Path:
         """The pristine notebook."""
-        return repo_dir() / "book" / f"{self.notebook}.ipynb"
+        return Path(self.book or repo_dir() / "book") / f"{self.notebook}.ipynb"
 
 
 def profiles() -> dict[str, tuple[Chapter, ...]]:
@@ -124,15 +125,16 @@ def resolve_parameters(notebook: Path, given: Mapping[str, Any]) -> dict[str, An
     return values
 
 
-def _model_names(parameters: Mapping[str, Any]) -> list[str]:
+def model_names(parameters: Mapping[str, Any]) -> list[str]:
+    """The models that parameters ask for."""
     names = [parameters["model"]] if parameters.get("model") else []
     return list(dict.fromkeys([*names, *parameters.get("compare_with", [])]))
 
 
-def _absolute(value: Any) -> Any:
+def absolute(value: Any) -> Any:
     """A user's own file, model or folder of dictionaries by its full path: a chapter runs in a folder of its own."""
     if isinstance(value, list):
-        return [_absolute(item) for item in value]
+        return [absolute(item) for item in value]
     if isinstance(value, str) and value:
         path = Path(value).expanduser()
         own_folder = (path / "config.json").is_file() or any(path.glob("layer_*/cfg.json"))
@@ -183,9 +185,10 @@ def _own_files(parameters: Mapping[str, Any]) -> list[str]:
     return state
 
 
-def _key(chapter: Chapter, parameters: Mapping[str, Any], earlier: Sequence[str]) -> str:
-    """A digest of everything a chapter's result depends on."""
-    models = [model_profile(name) for name in _model_names(parameters)]
+def run_key(chapter: Chapter, parameters: Mapping[str, Any], earlier: Sequence[str]) -> str:
+    """A digest of everything a chapter's result depends on; `earlier` are the keys of the chapters before it."""
+    parameters = {k: v for k, v in parameters.items() if k not in PLACES}
+    models = [model_profile(name) for name in model_names(parameters)]
     return sha256_text(
         chapter.source.read_text(encoding="utf-8"),
         repr(sorted(parameters.items())),
@@ -196,6 +199,12 @@ def _key(chapter: Chapter, parameters: Mapping[str, Any], earlier: Sequence[str]
         repr([(p.name, p.gguf_sha256, p.base) for p in models]),
         *earlier,
     )
+
+
+def recorded_key(folder: Path) -> str:
+    """The key of the run in a folder; empty if there is none."""
+    record = folder / "run.json"
+    return str(read_json(record)["key"]) if record.is_file() else ""
 
 
 def is_current(folder: Path, key: str) -> bool:
@@ -228,7 +237,7 @@ class _PeakMemory(threading.Thread):
 
 
 @contextlib.contextmanager
-def _environment() -> Iterator[None]:
+def environment() -> Iterator[None]:
     """The kernel imports this checkout's package, wherever it runs, and reads no hub unless asked."""
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(repo_dir()), before]))
@@ -250,11 +259,11 @@ def _execute(chapter: Chapter, parameters: Mapping[str, Any], folder: Path, kept
     target = folder / f"{chapter.notebook}.ipynb"
     quiet = bool(os.environ.get("CI")) or not sys.stderr.isatty()
     try:
-        with _environment():
+        with environment():
             papermill.execute_notebook(
                 str(chapter.source),
                 str(target),
-                parameters={**parameters, **PLACES},
+                parameters=dict(parameters),
                 cwd=str(folder),
                 kernel_name="python3",
                 progress_bar=not quiet,
@@ -281,10 +290,22 @@ def run_chapter(
     given: Mapping[str, Any],
     earlier: Sequence[str],
     *,
+    folder: Path | None = None,
+    in_dir: str = PLACES["in_dir"],
     force: bool = False,
     say: Say = lambda line: None,
 ) -> tuple[str, float | None]:
     """Run one chapter with the parameters `given` unless a current run of it is there.
+
+    Args:
+        chapter: what to run.
+        profile: name of the run profile.
+        given: parameters that differ from the notebook's own.
+        earlier: keys of the chapters before it.
+        folder: where the run goes; its place in the profile's runs if None.
+        in_dir: where the run finds the chapters before it, seen from `folder`.
+        force: run even what is current.
+        say: receives a line when the run begins.
 
     Returns:
         The run's key, and the seconds it took; None if it was current.
@@ -293,8 +314,9 @@ def run_chapter(
         EmosaeError: for bad parameters, an unknown model, or a notebook that stops; earlier runs are left as they were.
     """
     parameters = resolve_parameters(chapter.source, given)
-    key = _key(chapter, {k: v for k, v in parameters.items() if k not in PLACES}, earlier)
-    folder = runs_dir(profile) / chapter.notebook
+    key = run_key(chapter, parameters, earlier)
+    folder = folder or runs_dir(profile) / chapter.notebook
+    places = PLACES | {"in_dir": in_dir}
     if not force and is_current(folder, key):
         return key, None
     say(f"{chapter.notebook}: running")
@@ -303,7 +325,8 @@ def run_chapter(
     with atomic_folder(folder) as temporary:
         memory.start()
         try:
-            _execute(chapter, parameters, temporary, runs_dir(profile) / "failed" / f"{chapter.notebook}.ipynb")
+            kept = folder.parent / "failed" / f"{folder.name}.ipynb"
+            _execute(chapter, parameters | places, temporary, kept)
         finally:
             peak = memory.stop()
         seconds = time.perf_counter() - clock
@@ -316,7 +339,7 @@ def run_chapter(
             "seconds": round(seconds, 1),
             "peak_memory_bytes": peak,
             "versions": _versions(),
-            "models": {name: model_profile(name).gguf_sha256 or name for name in _model_names(parameters)},
+            "models": {name: model_profile(name).gguf_sha256 or name for name in model_names(parameters)},
             "data": _data_state(),
             "machine": {"arch": platform.machine(), "cores": os.cpu_count(), "system": platform.system()},
             "key": key,
@@ -352,19 +375,18 @@ def run_profile(
     for name in only:
         pick(f"chapter of profile {profile}", name, names)
     chosen = [c for c in chapters if not only or c.notebook in only]
-    given = {name: _absolute(value) for name, value in (given or {}).items()}
+    given = {name: absolute(value) for name, value in (given or {}).items()}
     own = {chapter: set(default_parameters(chapter.source)) for chapter in chosen}
     for name in given:
         pick(f"parameter of {', '.join(c.notebook for c in chosen)}", name, set().union(*own.values()))
     asked = {c: {**c.parameters, **{k: v for k, v in given.items() if k in own[c]}} for c in chosen}
     for chapter, parameters in asked.items():
-        for name in _model_names(resolve_parameters(chapter.source, parameters)):
+        for name in model_names(resolve_parameters(chapter.source, parameters)):
             model_profile(name)
     keys: list[str] = []
     for chapter in chapters:
         if chapter not in chosen:
-            record = runs_dir(profile) / chapter.notebook / "run.json"
-            keys.append(read_json(record)["key"] if record.is_file() else "")
+            keys.append(recorded_key(runs_dir(profile) / chapter.notebook))
             continue
         key, seconds = run_chapter(chapter, profile, asked[chapter], keys, force=force, say=say)
         keys.append(key)
@@ -376,7 +398,7 @@ def unprepared_models(profile: str) -> list[str]:
     known = profiles()
     names: dict[str, None] = {}
     for chapter in known[pick("profile", profile, known)]:
-        for name in _model_names(resolve_parameters(chapter.source, chapter.parameters)):
+        for name in model_names(resolve_parameters(chapter.source, chapter.parameters)):
             names[name] = None
     return [name for name in names if not is_prepared(model_profile(name))]
 

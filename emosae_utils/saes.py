@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 
 from emosae_utils.files import EmosaeError, check_manifest, pick, repo_dir
-from emosae_utils.models import LM, decoder_layers
+from emosae_utils.models import LM, decoder_layers, final_norm
 from emosae_utils.scoring import FloatArray, Prompts, _continuations, _prefix_cache
 
 # A dictionary that explains less than this of the variance of the activations it was made for is wired wrongly.
@@ -323,7 +323,7 @@ def _what_is_off(lm: LM, dictionary: Dictionary, after_PD: torch.Tensor, before_
     if mended(before_PD):
         return "it fits the stream before this block; use the layer below, or another hook point"
     if dictionary.layer == lm.n_layers - 1:
-        norm = getattr(lm.hf.get_decoder() if hasattr(lm.hf, "get_decoder") else lm.hf.model, "norm", None)
+        norm = final_norm(lm)
         if norm is not None:
             with torch.no_grad():
                 if mended(norm(after_PD.to(lm.device, getattr(torch, lm.dtype))).float().cpu()):

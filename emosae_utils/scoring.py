@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from emosae_utils.data import EMOTIONS
 from emosae_utils.files import EmosaeError, pick
-from emosae_utils.models import LM, decoder_layers
+from emosae_utils.models import LM, decoder_layers, final_norm, writer_names
 
 FloatArray = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
@@ -339,19 +339,6 @@ def _prefix_cache(lm: LM, prefix: Sequence[int]) -> Any:
     return lm.hf(torch.tensor([list(prefix)], device=lm.device), use_cache=True, logits_to_keep=1).past_key_values
 
 
-def _normed_parts(lm: LM) -> bool:
-    """Whether blocks normalise what attention and feed-forward network give before they add it (Gemma 2 and 3).
-
-    Raises:
-        EmosaeError: if the blocks are built in another way.
-    """
-    block = decoder_layers(lm.hf)[0]
-    if not hasattr(block, "self_attn") or not hasattr(block, "mlp"):
-        raise EmosaeError(f"the blocks of {lm.name} hold no self_attn and mlp; their parts cannot be read")
-    # Llama also has a post_attention_layernorm, which is the norm before its feed-forward network.
-    return hasattr(block, "post_feedforward_layernorm")
-
-
 def _forward(
     lm: LM,
     suffixes: Sequence[Sequence[int]],
@@ -388,18 +375,15 @@ def _forward(
     # would make one from the padding token.
     n_past = 0 if cache is None else cache.get_seq_length()
     mask_BT = torch.ones((len(suffixes), n_past + width), dtype=torch.long, device=lm.device)
-    normed = parts and _normed_parts(lm)
+    writers = writer_names(lm) if parts else ()
     with lm.nn.trace({"input_ids": tokens_BS, "attention_mask": mask_BT}, **options):
         read = []
         for layer in range(lm.n_layers):
             if layer in layers:
                 sites = []
-                if normed:
-                    sites.append(blocks[layer].post_attention_layernorm.output[rows_B, last_B])
-                    sites.append(blocks[layer].post_feedforward_layernorm.output[rows_B, last_B])
-                elif parts:
-                    sites.append(blocks[layer].self_attn.output[0][rows_B, last_B])
-                    sites.append(blocks[layer].mlp.output[rows_B, last_B])
+                for writer in writers:
+                    written = getattr(blocks[layer], writer).output
+                    sites.append((written[0] if isinstance(written, tuple) else written)[rows_B, last_B])
                 read.append(torch.stack([blocks[layer].output[rows_B, last_B], *sites]))
         read_LSBD = nnsight.save(torch.stack(read))
         out = lm.nn.output.save()
@@ -424,6 +408,37 @@ def _continuations(lm: LM, past: Any, n_rows: int, label_ids: Sequence[Sequence[
         for step, token in enumerate(label_ids[e][1:]):
             extra_BE[:, e] += logp_BMSV[:, m, step, token].double()
     return extra_BE
+
+
+def capped(lm: LM, logits: torch.Tensor) -> torch.Tensor:
+    """Logits under the model's own soft cap, where it has one."""
+    cap = getattr(lm.hf.config.get_text_config(), "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def label_differences(lm: LM, stream_XD: torch.Tensor, label_ids: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Label logits less their mean over labels, [positions, labels], nats, of residual streams put to the output.
+
+    A label counts by its first token; differences of logits are differences of scores, and need only the labels' rows
+    of the output matrix. Gradients pass through.
+
+    Args:
+        lm: the model.
+        stream_XD: streams after the last block, or after an earlier one for the logit lens, in the model's dtype.
+        label_ids: tokens of each label.
+
+    Raises:
+        EmosaeError: if the model keeps its final norm in an unknown place.
+    """
+    norm = final_norm(lm)
+    if norm is None:
+        raise EmosaeError(f"{lm.name} keeps its final norm in an unknown place; add it to final_norm")
+    head = lm.hf.get_output_embeddings()
+    rows_E = torch.tensor([ids[0] for ids in label_ids], device=stream_XD.device)
+    bias_E = None if head.bias is None else head.bias[rows_E]
+    logits_XE = torch.nn.functional.linear(norm(stream_XD), head.weight[rows_E], bias_E)
+    scores_XE = capped(lm, logits_XE).double()
+    return scores_XE - scores_XE.mean(dim=-1, keepdim=True)
 
 
 def label_prior(

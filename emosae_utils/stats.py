@@ -18,6 +18,9 @@ import pandas as pd
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+# What a test of a claim may say.
+SUPPORTED, NOT_SUPPORTED, UNDECIDED = "supported", "not supported", "undecided"
+
 
 @dataclass(frozen=True)
 class Estimate:

@@ -194,8 +194,8 @@ def _endless(rows_N: Array, size: int, key: list[int], skip: int) -> Iterator[Ar
 
 def _batches(pools: Pools, config: TrainConfig, layer: int, skip: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Batches of varying activations with both units of each row: half of the read-outs name the usual person."""
-    usual = np.char.endswith(pools.group_N[pools.readout_N], OTHER_PERSON)
-    parts = [(pools.readout_N[~usual], 1), (pools.readout_N[usual], 2), (pools.running_N, 0)]
+    others_N = np.char.endswith(pools.group_N[pools.readout_N], OTHER_PERSON)
+    parts = [(pools.readout_N[~others_N], 1), (pools.readout_N[others_N], 2), (pools.running_N, 0)]
     half = config.readouts // 2 if len(parts[1][0]) else config.readouts
     sizes = (half, config.readouts - half, config.batch - config.readouts)
     streams = [

@@ -77,12 +77,9 @@ def measure(
     active_PLF = planted_codes(frame, planted)
 
     def read(lm: Any, prompts: Any, dictionaries: Mapping[int, Dictionary], rows: pd.DataFrame, **_: Any) -> Codes:
-        resid_PLD = active_PLF[[truth[i] for i in rows["row_id"]]]
-        by_layer = encode_residuals(dictionaries, resid_PLD)
+        by_layer = encode_residuals(dictionaries, active_PLF[[truth[i] for i in rows["row_id"]]])
         scores_PE = np.zeros((len(rows), len(prompts.labels)))
-        return Codes(
-            lm.name, tuple(by_layer), by_layer, rows.reset_index(drop=True), prompts.labels, scores_PE, resid_PLD
-        )
+        return Codes(lm.name, tuple(by_layer), by_layer, rows.reset_index(drop=True), prompts.labels, scores_PE)
 
     monkeypatch.setattr(features, "read_codes", read)
     found = {layer: Dictionary(layer, basis(lm, layer), "planted") for layer in range(lm.n_layers)}
@@ -186,7 +183,11 @@ def test_planted_features_are_found_with_their_layers_and_their_sharing(
 
     assert load_codes(tmp_path / "planted" / "codes").layers == (0, 1, 2, 3)
     assert set(read_table(tmp_path / "features.parquet").columns) >= {"model", "layer", "feature", "mi", "q", "kind"}
-    assert [c["verdict"] for c in read_json(tmp_path / "claims.json")] == ["supported"] * 3
+    written = read_json(tmp_path / "claims.json")
+    assert [(c["claim"], c["part"], c["verdict"]) for c in written] == [
+        ("C2", part, "supported") for part in (SPECIFIC, SHARED, "")
+    ]
+    assert all(c["low"] > 0 for c in written[:2]) and written[2]["effect"] is None
     said = features.claim_finding(tables["claims"], "planted") + features.selection_finding(tables, "planted", SETTINGS)
     assert "C2, planted: supported" in said and "greater" not in said and "nan" not in said
     assert "first layer with more than shuffled labels give is layer 1" in said
@@ -232,10 +233,10 @@ def test_every_figure_and_sentence_survives_finding_little(
     kept = (measured.table["layer"] == 2) & (measured.table["feature"] == 0) & something
     quiet = {f"in_{e}": measured.table[f"in_{e}"] & kept for e in EMOTIONS}
     table = measured.table.assign(responsive=kept, kind=measured.table["kind"].where(kept, ""), **quiet)
-    measured = replace(measured, table=table, resampled=measured.resampled.head(0))
+    tree = features.emotion_tree(measured.held_out, table, EMOTIONS, settings)
+    measured = replace(measured, table=table, resampled=measured.resampled.head(0), tree=tree)
     study = features.Study({"planted": measured}, {"planted": rows_of(measured)}, ("isear",), ("a note",))
     tables = features.save(study, settings, tmp_path)
-    tree = features.emotion_tree(measured.held_out, table, EMOTIONS, settings)
     for figure in (
         plots.features_counts(tables["counts"]),
         plots.features_entropy(tables["features"], {"planted": measured.cut}),

@@ -16,10 +16,11 @@ from scipy.sparse import csr_array
 from emosae_utils import flow, probes
 from emosae_utils.data import EMOTIONS
 from emosae_utils.files import EmosaeError, read_json, read_table
-from emosae_utils.flow import CODES, EMOTION, FORM, NOT_SUPPORTED, RESIDUAL, SUPPORTED, TOPIC, UNDECIDED, Settings
-from emosae_utils.models import LM, decoder_layers
+from emosae_utils.flow import CODES, EMOTION, FORM, RESIDUAL, TOPIC, Settings
+from emosae_utils.models import LM, decoder_layers, writer_names
 from emosae_utils.saes import load_dictionaries
 from emosae_utils.scoring import build_prompts, read_out
+from emosae_utils.stats import NOT_SUPPORTED, SUPPORTED, UNDECIDED
 from tests.test_saes import write
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -142,10 +143,8 @@ def test_an_unknown_architecture_is_refused(tiny: Callable[[str], LM], events: p
     other = replace(lm, hf=torch.nn.Module())
     other.hf.model = torch.nn.Module()
     other.hf.model.layers = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
-    from emosae_utils.scoring import _normed_parts
-
     with pytest.raises(EmosaeError, match="hold no self_attn and mlp"):
-        _normed_parts(other)
+        writer_names(other)
 
 
 def test_every_factor_meets_every_other() -> None:
@@ -356,6 +355,9 @@ def test_from_prompts_to_files(tiny: Callable[[str], LM], tmp_path: Path) -> Non
     assert set(made["shares"]["representation"]) == {CODES, RESIDUAL, flow.RAW, flow.ATTENTION, flow.FFN}
     for name in ("shares", "probes", "features", "lens", "claims", "invariance"):
         assert len(read_table(tmp_path / "out" / f"{name}.parquet")) == len(made[name]) > 0
+    written = read_json(tmp_path / "out" / "claims.json")
+    assert written[-1]["part"] == "" and written[-1]["verdict"] == UNDECIDED
+    assert {c["claim"] for c in written} == {"C1"} and {c["dataset"] for c in written} == {"planted"}
     assert read_json(tmp_path / "out" / "settings.json")["missing"] == {"planted": []}
     curve = made["shares"].query("representation == 'codes' and factor == 'emotion'")
     assert curve["layer"].tolist() == [0, 2] and curve["depth"].tolist() == [0.0, pytest.approx(2 / 3)]
