@@ -758,7 +758,7 @@ def _paired(
     """Difference of macro-F1 with its interval, and McNemar's p."""
     rival = pooled.said[other]
     ours, theirs = pooled.samples[key]["macro_f1"], pooled.samples[other]["macro_f1"]
-    if part["row_id"].nunique() < rival["row_id"].nunique():
+    if len(set(part["row_id"])) < len(set(rival["row_id"])):
         # A method asked about a part of the texts is compared on that part.
         rival = rival[rival["row_id"].isin(part["row_id"])]
         both = pool(pd.concat([part, rival]), settings)
@@ -766,7 +766,7 @@ def _paired(
     p_values = []
     for draw in sorted(part["draw"].unique()):
         one = part[part["draw"] == draw].set_index("row_id")
-        drawn = rival[rival["draw"] == (draw if rival["draw"].nunique() > 1 else 0)].set_index("row_id").loc[one.index]
+        drawn = rival[rival["draw"] == (draw if len(set(rival["draw"])) > 1 else 0)].set_index("row_id").loc[one.index]
         right = (one["gold"] == one["pred"]).to_numpy(), (drawn["gold"] == drawn["pred"]).to_numpy()
         p_values.append(stats.mcnemar_p(*right))
     return _interval(ours - theirs) | {"p": float(np.median(p_values))}
@@ -824,7 +824,9 @@ def wikitext(split: str) -> str:
     return " ".join(line.strip() for line in lines if len(line) > 200)
 
 
-def side_effects(lm: LM, measured: Mapping[str, Measured], dictionaries: Mapping[int, Dictionary], settings: Settings) -> pd.DataFrame:
+def side_effects(
+    lm: LM, measured: Mapping[str, Measured], dictionaries: Mapping[int, Dictionary], settings: Settings
+) -> pd.DataFrame:
     """Perplexity and KL of running text under feature gains and vectors, every draw, and gains at other strengths.
 
     Columns: model, dataset, method, draw, strength, text, sequence, tokens, clean, steered, kl (nats a token).
@@ -869,7 +871,9 @@ def perplexity_table(effects: pd.DataFrame, settings: Settings) -> pd.DataFrame:
 # Text for the reader to see.
 
 
-def written(lm: LM, one: Steering, dictionaries: Mapping[int, Dictionary], texts: Sequence[str], tokens: int) -> pd.DataFrame:
+def written(
+    lm: LM, one: Steering, dictionaries: Mapping[int, Dictionary], texts: Sequence[str], tokens: int
+) -> pd.DataFrame:
     """What the model writes after each prompt, greedily, at several strengths: prompt, strength, text."""
     import torch
 
@@ -963,7 +967,7 @@ def _repairs(tables: Mapping[str, pd.DataFrame], where: Mapping[str, str], setti
     for calibrated, name in ((False, "raw"), (True, "calibrated")):
         here = aimed[aimed["calibrated"] == calibrated].set_index("emotion")
         weak, others = here.loc[here["target"].iloc[0]], here.loc["others"]
-        test = f"targeted gains raise the recall of {weak['target']}, the weakest emotion of the {name} answer, by 15 points"
+        test = f"targeted gains raise the recall of {weak['target']}, weakest in the {name} answer, by 15 points"
         verdict = _verdict(weak["value"], weak["low"], weak["high"], WEAK_RISE)
         made.append(_claim(where, "C8", f"weakest emotion, {name}", weak, "recall", test, verdict))
         test = "the other emotions lose at most 3 points of recall on average"
@@ -974,12 +978,14 @@ def _repairs(tables: Mapping[str, pd.DataFrame], where: Mapping[str, str], setti
     verdict = _verdict(row["value"], row["low"], row["high"], 0.0, above=False)
     made.append(_claim(where, "C8", "all at once", row, "spread of recall", test, verdict))
     whole = _all_of([c.verdict for c in made if "calibrated" not in c.part])
-    test = "targeted gains repair the weakest raw emotion at little cost to the others, and global gains even recalls out"
+    test = (
+        "targeted gains repair the weakest raw emotion at little cost to the others, and global gains even recalls out"
+    )
     return [_claim(where, "C8", "", None, "", test, whole), *made]
 
 
 def spread_table(predictions: pd.DataFrame, settings: Settings) -> pd.DataFrame:
-    """How unequal the emotions are: standard deviation of recall over emotions, of every method, and less the raw one's.
+    """How unequal the emotions are: standard deviation of recall over emotions, of every method and less the raw one.
 
     Columns: model, dataset, method, examples, calibrated, versus ("" for the spread itself), value, low, high.
     """
