@@ -12,19 +12,20 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from emosae_utils.files import EmosaeError, read_json, repo_dir, write_json
+from emosae_utils.stats import NOT_SUPPORTED, SUPPORTED, UNDECIDED
 
 ClaimName = Literal["C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8"]
 Verdict = Literal["supported", "not supported", "undecided"]
 # No chapter says this of itself: it stands for the claims that none of the chapters here has tested.
 NOT_TESTED = "not tested"
-BADGES = {"supported": "success", "not supported": "danger", "undecided": "warning", NOT_TESTED: "muted"}
+BADGES = {SUPPORTED: "success", NOT_SUPPORTED: "danger", UNDECIDED: "warning", NOT_TESTED: "muted"}
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,7 @@ def table(ledger: pd.DataFrame) -> str:
         parts = _parts(ledger, row)
         effect = _effect(row)
         if not effect and len(parts):
-            effect = f"{(parts['verdict'] == 'supported').sum()} of {len(parts)} parts supported"
+            effect = f"{(parts['verdict'] == SUPPORTED).sum()} of {len(parts)} parts supported"
         test = row["test"] or f"for the chapter *{row['chapter']}* to test"
         where = ", ".join(filter(None, (row["model"], row["dataset"])))
         words = [where, effect, _badge(row["verdict"]), test]
@@ -242,7 +243,7 @@ def summary(ledger: pd.DataFrame) -> str:
     said = []
     for model, here in tested.groupby("model", sort=False):
         counts = here["verdict"].value_counts()
-        words = ", ".join(f"{counts.get(v, 0)} {v}" for v in get_args(Verdict))
+        words = ", ".join(f"{counts.get(v, 0)} {v}" for v in (SUPPORTED, NOT_SUPPORTED, UNDECIDED))
         said.append(f"**{model}** ({len(here)} test{'s' if len(here) > 1 else ''}): {words}")
     missing = whole.loc[whole["verdict"] == NOT_TESTED, "claim"].tolist()
     if not said:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
-from emosae_utils import files, ledger
+from emosae_utils import files, ledger, stats
 from emosae_utils.files import EmosaeError
 from emosae_utils.ledger import Claim
 
@@ -89,6 +89,12 @@ def test_the_views_say_it_in_words(tmp_path: Path) -> None:
         "**m** (3 tests): 1 supported, 1 not supported, 1 undecided; "
         "**n** (1 test): 0 supported, 0 not supported, 1 undecided; not tested here: C2, C3, C4, C6, C7, C8."
     )
+
+
+def test_the_schema_and_the_tests_use_the_same_words() -> None:
+    assert get_args(ledger.Verdict) == (stats.SUPPORTED, stats.NOT_SUPPORTED, stats.UNDECIDED)
+    assert set(ledger.BADGES) == {*get_args(ledger.Verdict), ledger.NOT_TESTED}
+    assert tuple(ledger.STATEMENTS) == get_args(ledger.ClaimName)
 
 
 def test_nothing_tested_is_said(tmp_path: Path) -> None:
