@@ -268,10 +268,14 @@ def _tensor(x_PD: Array) -> Any:
 
 
 def neutral_ids(lm: LM, settings: Settings) -> list[list[int]]:
-    """Neutral texts of EmoScenes, discovery split, as token sequences: what steering should leave alone."""
+    """Plain texts as token sequences, without question or label: how the model reads on is to stay as it is.
+
+    The neutral texts of EmoScenes' discovery split, then others of it.
+    """
     frame = load_corpus("emoscenes", emotions=None).frame
-    frame = frame[(frame["emotion"] == "neutral") & (frame["split"] == "discovery")]
-    return [_with_start(lm, text) for text in frame["text"].head(settings.neutral_texts)]
+    frame = frame[frame["split"] == "discovery"].sample(frac=1.0, random_state=settings.seed)
+    first = frame.sort_values("emotion", key=lambda x: x != "neutral", kind="stable")
+    return [_with_start(lm, text) for text in first["text"].head(settings.neutral_texts)]
 
 
 def _with_start(lm: LM, text: str) -> list[int]:
@@ -279,16 +283,23 @@ def _with_start(lm: LM, text: str) -> list[int]:
     return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
 
-def learners(bench: Bench, settings: Settings) -> dict[str, Learner]:
-    """The units of every method that learns gains."""
-    dictionaries, lm = bench.dictionaries, bench.lm
+def neutral_rows(lm: LM, dictionaries: Mapping[int, Dictionary], settings: Settings) -> Array:
+    """`steering.neutral_slopes` of every feature, in the order of `steering.all_units`; no rows without a weight."""
+    basis = steering.feature_basis(dictionaries)
+    units, caption = steering.all_units(basis), f"{lm.name}: neutral text"
+    if not settings.neutral_weight:
+        return np.zeros((0, len(units)))
+    ids = neutral_ids(lm, settings)
+    return steering.neutral_slopes(lm, ids, basis, units, dictionaries, samples=1, seed=settings.seed, progress=caption)
+
+
+def learners(bench: Bench, settings: Settings, neutral_MU: Array) -> dict[str, Learner]:
+    """The units of every method that learns gains; `neutral_MU` is from `neutral_rows`."""
+    dictionaries = bench.dictionaries
     units, sizes = active_units(dictionaries, bench.pool)
     layers, basis = sorted(dictionaries), steering.feature_basis(dictionaries)
-    neutral_MU = None
-    if settings.neutral_weight:
-        caption = f"{lm.name}: neutral text"
-        ids = neutral_ids(lm, settings)
-        neutral_MU = steering.neutral_slopes(lm, ids, basis, units, dictionaries, seed=settings.seed, progress=caption)
+    starts = np.cumsum([0, *(dictionaries[x].n_features for x in layers)])
+    neutral_MU = neutral_MU[:, starts[np.searchsorted(layers, units.layer_U)] + units.unit_U]
     active = {layer: units.unit_U[units.layer_U == layer] for layer in layers}
     shuffled = steering.shuffled_basis(dictionaries, active, settings.seed)
     # A fixed vector of each feature, as long as the feature's own contribution where it is active.
@@ -498,10 +509,12 @@ class Measured:
     fits: pd.DataFrame
 
 
-def measure(lm: LM, rows: Rows, dictionaries: Mapping[int, Dictionary], settings: Settings) -> Measured:
+def measure(
+    lm: LM, rows: Rows, dictionaries: Mapping[int, Dictionary], neutral_MU: Array, settings: Settings
+) -> Measured:
     """Learn every steering and every baseline on every draw, and ask them all about the test texts."""
     bench = set_up(lm, rows, dictionaries, settings)
-    labels, learnt = rows.labels, learners(bench, settings)
+    labels, learnt = rows.labels, learners(bench, settings, neutral_MU)
     made: dict[tuple[str, int, int], Steering] = {}
     caption = f"{lm.name}: {rows.dataset}, learning gains"
     for n, draw in tqdm(bench.draws, desc=caption, disable=scoring._quiet(caption)):
@@ -1064,9 +1077,10 @@ def run_study(
             continue
         dictionaries = load_dictionaries(lm, saes, layers=list(layers) or have)
         own: dict[str, Measured] = {}
+        neutral_MU = neutral_rows(lm, dictionaries, settings)
         for frame in frames.values():
             rows = choose_rows(frame, settings)
-            own[rows.dataset] = measure(lm, rows, dictionaries, settings)
+            own[rows.dataset] = measure(lm, rows, dictionaries, neutral_MU, settings)
         effects.append(side_effects(lm, own, dictionaries, settings))
         first = next(iter(own.values())).steerings[GAIN, settings.main_examples, 0]
         samples.append(written(lm, first, dictionaries, PROMPTS, SAMPLE_TOKENS).assign(model=lm.name))
