@@ -30,7 +30,7 @@ from emosae_utils.data import EMOTIONS, load_corpus, which_are_here
 from emosae_utils.difficulty import gold_indices
 from emosae_utils.features import folder_of
 from emosae_utils.files import EmosaeError, write_json, write_table
-from emosae_utils.ledger import Claim, save_claims
+from emosae_utils.ledger import Claim, Verdict, save_claims
 from emosae_utils.models import LM, load_model
 from emosae_utils.saes import Dictionary, available_layers, load_dictionaries
 from emosae_utils.steering import Fit, Prepared, Steering, Tangent, Units
@@ -293,20 +293,28 @@ def neutral_rows(lm: LM, dictionaries: Mapping[int, Dictionary], settings: Setti
     return steering.neutral_slopes(lm, ids, basis, units, dictionaries, samples=1, seed=settings.seed, progress=caption)
 
 
+def gain_learner(bench: Bench, neutral_MU: Array) -> Learner:
+    """The gains of all features that are active on the pool; `neutral_MU` is from `neutral_rows`."""
+    dictionaries = bench.dictionaries
+    units, _ = active_units(dictionaries, bench.pool)
+    layers = sorted(dictionaries)
+    starts = np.cumsum([0, *(dictionaries[x].n_features for x in layers)])
+    own_MU = neutral_MU[:, starts[np.searchsorted(layers, units.layer_U)] + units.unit_U]
+    return _learner(bench, steering.feature_basis(dictionaries), units, own_MU, GAIN)
+
+
 def learners(bench: Bench, settings: Settings, neutral_MU: Array) -> dict[str, Learner]:
     """The units of every method that learns gains; `neutral_MU` is from `neutral_rows`."""
     dictionaries = bench.dictionaries
     units, sizes = active_units(dictionaries, bench.pool)
     layers, basis = sorted(dictionaries), steering.feature_basis(dictionaries)
-    starts = np.cumsum([0, *(dictionaries[x].n_features for x in layers)])
-    neutral_MU = neutral_MU[:, starts[np.searchsorted(layers, units.layer_U)] + units.unit_U]
     active = {layer: units.unit_U[units.layer_U == layer] for layer in layers}
     shuffled = steering.shuffled_basis(dictionaries, active, settings.seed)
     # A fixed vector of each feature, as long as the feature's own contribution where it is active.
     vectors = {x: bank.writes_KD * _tensor(sizes[x].astype(np.float32))[:, None] for x, bank in basis.items()}
     additive = {x: steering.Bank(x, "norm", rows_KD) for x, rows_KD in vectors.items()}
     return {
-        GAIN: _learner(bench, basis, units, neutral_MU, GAIN),
+        GAIN: gain_learner(bench, neutral_MU),
         ADDITIVE: _learner(bench, additive, units, None, ADDITIVE),
         RANDOM: _learner(bench, shuffled, units, None, RANDOM),
     }
@@ -413,7 +421,7 @@ def weakest(bench: Bench, prior_E: Array | float, settings: Settings) -> str:
 # Predictions.
 
 
-def _said(
+def answers(
     rows: pd.DataFrame,
     labels: Sequence[str],
     scores_PE: Array,
@@ -488,7 +496,9 @@ def _few_shot(bench: Bench, settings: Settings) -> Iterator[pd.DataFrame]:
             scores_PE = scoring.read_out(bench.lm, prompts, mode="first", progress=caption).scores_PE
             prior_E = scoring.label_prior(bench.lm, **wording)
             for calibrated, shift_E in ((False, 0.0), (True, prior_E)):
-                yield _said(asked, labels, scores_PE - shift_E, FEW_SHOT, examples=n, draw=draw, calibrated=calibrated)
+                yield answers(
+                    asked, labels, scores_PE - shift_E, FEW_SHOT, examples=n, draw=draw, calibrated=calibrated
+                )
 
 
 @dataclass(frozen=True)
@@ -496,7 +506,7 @@ class Measured:
     """What one model did on one dataset.
 
     Attributes:
-        predictions: one row per text and method; see `_said`.
+        predictions: one row per text and method; see `answers`.
         steerings: what was learnt, by (method, examples per emotion, draw).
         targets: the weakest emotion without and with calibration.
         fits: one row per steering: units, penalty, largest gain, loss before and after.
@@ -553,15 +563,15 @@ def measure(
             asked.append(({"method": TARGETED, "examples": main, "draw": draw, "target": emotion, "on": name}, one))
     tables = _ask(bench, asked)
     tables += [
-        _said(rows.test, labels, bench.test_scores_PE, RAW),
-        _said(rows.test, labels, bench.test_scores_PE - bench.prior_E, CALIBRATED, calibrated=True),
+        answers(rows.test, labels, bench.test_scores_PE, RAW),
+        answers(rows.test, labels, bench.test_scores_PE - bench.prior_E, CALIBRATED, calibrated=True),
         *_few_shot(bench, settings),
     ]
     for n, draw in tqdm(bench.draws, desc=f"{lm.name}: baselines", disable=scoring._quiet("x")):
-        tables.append(_said(rows.test, labels, _probe_scores(bench, n, draw, settings), PROBE, examples=n, draw=draw))
+        tables.append(answers(rows.test, labels, _probe_scores(bench, n, draw, settings), PROBE, examples=n, draw=draw))
         test_PE, free_PE = _low_rank(bench, n, draw, settings)
         for calibrated, shift_E in ((False, 0.0), (True, free_PE.mean(axis=0))):
-            said = _said(rows.test, labels, test_PE - shift_E, LORA, examples=n, draw=draw, calibrated=calibrated)
+            said = answers(rows.test, labels, test_PE - shift_E, LORA, examples=n, draw=draw, calibrated=calibrated)
             tables.append(said)
     predictions = pd.concat(tables, ignore_index=True).assign(model=lm.name, dataset=rows.dataset)
     return Measured(
@@ -583,7 +593,9 @@ def _ask(bench: Bench, asked: Sequence[tuple[dict[str, Any], Steering]]) -> list
         wanted = {RAW: [False], CALIBRATED: [True], None: [False, True]}[on]
         for calibrated in wanted:
             prior_E = (bench.prior_E if on else free_PE.mean(axis=0)) if calibrated else 0.0
-            tables.append(_said(bench.rows.test, bench.rows.labels, test_PE - prior_E, **facts, calibrated=calibrated))
+            tables.append(
+                answers(bench.rows.test, bench.rows.labels, test_PE - prior_E, **facts, calibrated=calibrated)
+            )
     return tables
 
 
@@ -912,7 +924,7 @@ def written(
 RISE, WEAK_RISE, OTHERS_LOSS, PERPLEXITY_RISE = 0.0, 0.15, -0.03, 0.02
 
 
-def _verdict(value: float, low: float, high: float, bar: float, *, above: bool = True) -> str:
+def verdict_above(value: float, low: float, high: float, bar: float, *, above: bool = True) -> Verdict:
     """Supported if the whole interval is on the right side of the bar, not supported if on the wrong one."""
     if not above:
         value, low, high, bar = -value, -high, -low, -bar
@@ -921,7 +933,8 @@ def _verdict(value: float, low: float, high: float, bar: float, *, above: bool =
     return stats.NOT_SUPPORTED if high <= bar else stats.UNDECIDED
 
 
-def _all_of(verdicts: Sequence[str]) -> str:
+def all_of(verdicts: Sequence[str]) -> Verdict:
+    """The verdict on a whole: supported if every part is, not supported if one part is not."""
     return next((v for v in (stats.NOT_SUPPORTED, stats.UNDECIDED) if v in verdicts), stats.SUPPORTED)
 
 
@@ -954,9 +967,9 @@ def _improves(here: pd.DataFrame, where: Mapping[str, str], n: int) -> list[Clai
     made = []
     for part, (calibrated, versus, test) in parts.items():
         row = here[(here["calibrated"] == calibrated) & (here["versus"] == versus)].iloc[0]
-        verdict = _verdict(row["value"], row["low"], row["high"], RISE)
+        verdict = verdict_above(row["value"], row["low"], row["high"], RISE)
         made.append(_claim(where, "C5", part, row, "macro-F1", test, verdict))
-    whole = _all_of([c.verdict for c in made])
+    whole = all_of([c.verdict for c in made])
     test = "gains beat the raw answer, prior calibration with and without calibrating too, and random directions"
     row = here[(~here["calibrated"]) & (here["versus"] == RAW)].iloc[0]
     return [_claim(where, "C5", "", row, "macro-F1", test, whole), *made]
@@ -969,7 +982,7 @@ def _preserves(perplexity: pd.DataFrame, where: Mapping[str, str], settings: Set
         return []
     row = here.iloc[0]
     test = f"with gains at every position, perplexity of {row['text']} rises by at most {PERPLEXITY_RISE:.0%}"
-    verdict = _verdict(row["value"], row["low"], row["high"], PERPLEXITY_RISE, above=False)
+    verdict = verdict_above(row["value"], row["low"], row["high"], PERPLEXITY_RISE, above=False)
     return [_claim(where, "C6", "", row, "share of perplexity", test, verdict)]
 
 
@@ -981,16 +994,16 @@ def _repairs(tables: Mapping[str, pd.DataFrame], where: Mapping[str, str], setti
         here = aimed[aimed["calibrated"] == calibrated].set_index("emotion")
         weak, others = here.loc[here["target"].iloc[0]], here.loc["others"]
         test = f"targeted gains raise the recall of {weak['target']}, weakest in the {name} answer, by 15 points"
-        verdict = _verdict(weak["value"], weak["low"], weak["high"], WEAK_RISE)
+        verdict = verdict_above(weak["value"], weak["low"], weak["high"], WEAK_RISE)
         made.append(_claim(where, "C8", f"weakest emotion, {name}", weak, "recall", test, verdict))
         test = "the other emotions lose at most 3 points of recall on average"
-        verdict = _verdict(others["value"], others["low"], others["high"], OTHERS_LOSS)
+        verdict = verdict_above(others["value"], others["low"], others["high"], OTHERS_LOSS)
         made.append(_claim(where, "C8", f"other emotions, {name}", others, "recall", test, verdict))
     row = spread_row(tables["spread"], where, settings)
     test = "global gains leave the recalls of the emotions less unequal than the raw answer does"
-    verdict = _verdict(row["value"], row["low"], row["high"], 0.0, above=False)
+    verdict = verdict_above(row["value"], row["low"], row["high"], 0.0, above=False)
     made.append(_claim(where, "C8", "all at once", row, "spread of recall", test, verdict))
-    whole = _all_of([c.verdict for c in made if "calibrated" not in c.part])
+    whole = all_of([c.verdict for c in made if "calibrated" not in c.part])
     test = (
         "targeted gains repair the weakest raw emotion at little cost to the others, and global gains even recalls out"
     )
@@ -1096,8 +1109,8 @@ def run_study(
         gc.collect()
     if not measured:
         raise EmosaeError(notes[0] if notes else "no model was named; set `model`")
-    joined = (pd.concat(x, ignore_index=True) for x in (effects, samples))
-    return Study(measured, *joined, absent, tuple(notes))
+    all_effects, all_samples = (pd.concat(x, ignore_index=True) for x in (effects, samples))
+    return Study(measured, all_effects, all_samples, absent, tuple(notes))
 
 
 def save(study: Study, settings: Settings, out_dir: Path) -> dict[str, pd.DataFrame]:
