@@ -59,7 +59,7 @@ class Settings:
     rows_per_emotion: int = 24
     template: str = scoring.DEFAULT_TEMPLATE
     n_units: int = 0
-    penalties: Sequence[float] = (0.03, 0.1, 0.3)
+    penalties: Sequence[float] = (0.03, 0.1)
     free_weight: float = 0.5
     neutral_weight: float = 100.0
     neutral_texts: int = 144
@@ -79,7 +79,7 @@ class Settings:
             template=self.template,
             n_units=self.n_units,
             penalties=self.penalties,
-            penalty=self.penalties[len(self.penalties) // 2],
+            penalty=max(self.penalties),
             free_weight=self.free_weight,
             neutral_weight=self.neutral_weight,
             neutral_texts=self.neutral_texts,

@@ -56,6 +56,7 @@ class Settings:
         examples: numbers of labelled examples per emotion.
         draws: how often examples are drawn.
         main_examples: the number that claims are about.
+        baseline_examples: the numbers that the dearer baselines are learnt from.
         rows_per_emotion: test texts.
         template: the wording.
         n_units: units turned up or down; as many as rank-one LoRA has parameters if 0.
@@ -81,16 +82,17 @@ class Settings:
     examples: Sequence[int] = (1, 5, 20)
     draws: int = 5
     main_examples: int = 5
+    baseline_examples: Sequence[int] = (5,)
     rows_per_emotion: int = 48
     template: str = scoring.DEFAULT_TEMPLATE
     n_units: int = 0
     n_targeted: int = 200
-    penalties: Sequence[float] = (0.03, 0.1, 0.3)
+    penalties: Sequence[float] = (0.03, 0.1)
     penalty: float = 0.1
     free_weight: float = 0.5
-    neutral_weight: float = 1.0
+    neutral_weight: float = 100.0
     steps: int = 3
-    neutral_texts: int = 48
+    neutral_texts: int = 144
     strengths: Sequence[float] = (0.5, 1.0, 1.5, 2.0)
     unit_counts: Sequence[int] = (20, 100, 500)
     few_shot_examples: Sequence[int] = (1, 5)
@@ -528,7 +530,7 @@ def measure(
     made: dict[tuple[str, int, int], Steering] = {}
     caption = f"{lm.name}: {rows.dataset}, learning gains"
     for n, draw in tqdm(bench.draws, desc=caption, disable=scoring._quiet(caption)):
-        for method in LEARNT:
+        for method in LEARNT if n in settings.baseline_examples else (GAIN,):
             learner = _means_learner(bench, n, draw) if method == MEANS else learnt[method]
             made[method, n, draw] = fit_draw(bench, learner, n, draw, settings, method=method)
     main, everyone = settings.main_examples, range(settings.draws)
@@ -569,6 +571,8 @@ def measure(
     ]
     for n, draw in tqdm(bench.draws, desc=f"{lm.name}: baselines", disable=scoring._quiet("x")):
         tables.append(answers(rows.test, labels, _probe_scores(bench, n, draw, settings), PROBE, examples=n, draw=draw))
+        if n not in settings.baseline_examples:
+            continue
         test_PE, free_PE = _low_rank(bench, n, draw, settings)
         for calibrated, shift_E in ((False, 0.0), (True, free_PE.mean(axis=0))):
             said = answers(rows.test, labels, test_PE - shift_E, LORA, examples=n, draw=draw, calibrated=calibrated)

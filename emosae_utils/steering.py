@@ -417,11 +417,11 @@ class Fit:
     """
 
     n_units: int = 500
-    penalties: Sequence[float] = (0.01, 0.03, 0.1, 0.3)
+    penalties: Sequence[float] = (0.03, 0.1)
     penalty: float = 0.1
     free_weight: float = 0.5
     neutral_weight: float = 0.0
-    steps: int = 1
+    steps: int = 3
 
 
 @dataclass(frozen=True)
@@ -501,7 +501,7 @@ def loss_slopes(first: Tangent, target_PE: Array) -> Array:
 
 
 def cross_validate(
-    first: Tangent, free: Tangent, target_XE: Array, fit: Fit, neutral_MU: Array, seed: int, n_folds: int = 5
+    first: Tangent, free: Tangent, target_XE: Array, fit: Fit, neutral_MU: Array, seed: int, n_folds: int = 3
 ) -> tuple[float, dict[float, float]]:
     """The penalty with the smallest loss on left-out examples, on the tangent; and the loss of each, nats.
 
