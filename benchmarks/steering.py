@@ -88,12 +88,11 @@ def main() -> None:
         for e in range(len(scores_E)):
             torch.autograd.grad(scores_E[e], list(leaves.values()), retain_graph=True)
     full_slopes = time.perf_counter() - start
+    width, gap = np.mean([len(x) for x in prompts.ids]), np.abs(ours_RPE - theirs_RPE).max()
     sys.stdout.write(
-        f"{lm.name}, {n_prompts} prompts of {np.mean([len(x) for x in prompts.ids]):.0f} tokens: {n_steerings} steerings"
-        " "
-        f"{hooks / ours:.1f} x as fast as hooks and full passes (largest difference of a score "
-        f"{np.abs(ours_RPE - theirs_RPE).max():.1e} nats); slopes of all labels by {len(units)} gains "
-        f"{full_slopes / slopes:.1f} x as fast as full passes\n"
+        f"{lm.name}, {n_prompts} prompts of {width:.0f} tokens: {n_steerings} steerings {hooks / ours:.1f} x as fast as "
+        f"hooks and full passes (largest difference of a score {gap:.1e} nats); slopes of all labels by {len(units)} "
+        f"gains {full_slopes / slopes:.1f} x as fast as full passes\n"
     )
 
 
