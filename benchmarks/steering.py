@@ -90,9 +90,9 @@ def main() -> None:
     full_slopes = time.perf_counter() - start
     width, gap = np.mean([len(x) for x in prompts.ids]), np.abs(ours_RPE - theirs_RPE).max()
     sys.stdout.write(
-        f"{lm.name}, {n_prompts} prompts of {width:.0f} tokens: {n_steerings} steerings {hooks / ours:.1f} x as fast as "
-        f"hooks and full passes (largest difference of a score {gap:.1e} nats); slopes of all labels by {len(units)} "
-        f"gains {full_slopes / slopes:.1f} x as fast as full passes\n"
+        f"{lm.name}, {n_prompts} prompts of {width:.0f} tokens: {n_steerings} steerings {hooks / ours:.1f} x as fast "
+        f"as hooks and full passes (largest difference of a score {gap:.1e} nats); slopes of all labels by "
+        f"{len(units)} gains {full_slopes / slopes:.1f} x as fast as full passes\n"
     )
 
 
