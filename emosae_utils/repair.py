@@ -1082,8 +1082,8 @@ def run_study(
         gc.collect()
     if not measured:
         raise EmosaeError(notes[0] if notes else "no model was named; set `model`")
-    joined = (pd.concat(x, ignore_index=True) for x in (effects, samples))
-    return Study(measured, *joined, absent, tuple(notes))
+    all_effects, all_samples = (pd.concat(x, ignore_index=True) for x in (effects, samples))
+    return Study(measured, all_effects, all_samples, absent, tuple(notes))
 
 
 def save(study: Study, settings: Settings, out_dir: Path) -> dict[str, pd.DataFrame]:

@@ -191,8 +191,8 @@ def _grouped(tracer: _Tracer) -> Iterator[None]:
     def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, suffix: Any = None, **options: Any) -> Any:
         parts, at = [], 0
         for own, width in suffix:
-            cut = (x[:, :, at : at + width] for x in (query, key, value))
-            parts.append(_suffix_attention(module, *cut, mask, suffix=own, **options)[0])
+            q, k, v = (x[:, :, at : at + width] for x in (query, key, value))
+            parts.append(_suffix_attention(module, q, k, v, mask, suffix=own, **options)[0])
             at += width
         return torch.cat(parts, dim=1), None
 
@@ -765,7 +765,8 @@ def save_steering(folder: Path, steering: Steering, dictionaries: Mapping[int, D
     """Write a steering as safetensors and JSON: gains, directions, and which dictionaries its features are of."""
     from safetensors.numpy import save_file
 
-    tensors, banks = {}, {}
+    tensors: dict[str, Array] = {}
+    banks: dict[str, dict[str, str]] = {}
     for layer, gains_K in sorted(steering.gains.items()):
         bank = steering.basis[layer]
         tensors[f"{layer}.gains"] = np.asarray(gains_K, dtype=np.float32)
@@ -900,6 +901,6 @@ def fit_low_rank(
                 scores_PE = torch.cat([_low_rank_scores(one, change, cleans) for cleans in _batches(one.clean, 1)])
                 loss = loss - (goal * torch.log_softmax(scores_PE, dim=1)).sum()
             optimiser.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimiser.step()
     return LowRank(layer, a_Z1.detach(), (scale * b_1D).detach())
