@@ -778,6 +778,8 @@ def save_steering(folder: Path, steering: Steering, dictionaries: Mapping[int, D
             }
         own_rows = bank.read == "feature" and bank.writes_from_K is None
         parts = {"reads": bank.reads_KD, "centre": bank.centre_D, "writes": None if own_rows else bank.writes_KD}
+        if bank.writes_from_K is not None:
+            tensors[f"{layer}.writes_from"] = np.asarray(bank.writes_from_K, dtype=np.int64)
         for name, tensor in parts.items():
             if tensor is not None:
                 tensors[f"{layer}.{name}"] = np.ascontiguousarray(tensor.cpu().numpy())
@@ -809,7 +811,11 @@ def load_steering(folder: Path, dictionaries: Mapping[int, Dictionary]) -> Steer
                 raise EmosaeError(f"the steering in {folder} needs {bank['origin']} for layer {layer} and {what}")
             writes_KD = here.sae.W_dec.detach().float() if writes_KD is None else writes_KD
         assert writes_KD is not None
-        basis[layer] = Bank(layer, bank["read"], writes_KD, tensors.get(f"{key}.reads"), tensors.get(f"{key}.centre"))
+        from_K = tensors.get(f"{key}.writes_from")
+        reads_KD, centre_D = tensors.get(f"{key}.reads"), tensors.get(f"{key}.centre")
+        # Without its origin a shuffled basis would be written as a plain one the next time.
+        writes_from_K = None if from_K is None else from_K.numpy()
+        basis[layer] = Bank(layer, bank["read"], writes_KD, reads_KD, centre_D, writes_from_K)
         gains[layer] = tensors[f"{key}.gains"].numpy().astype(float)
     return Steering(facts["model"], basis, gains, tuple(facts["labels"]), facts["provenance"])
 
