@@ -293,6 +293,17 @@ def _check(lm: LM, steerings: Sequence[Steering], dictionaries: Mapping[int, Dic
                 raise EmosaeError(f"the steering has gains for layer {layer}, where it has no units")
             if bank.read == "feature" and layer not in dictionaries:
                 raise EmosaeError(f"the steering reads features of layer {layer}, which has no dictionary here")
+            if bank.read == "feature":
+                dictionary = dictionaries[layer]
+                if dictionary.n_features != len(bank):
+                    raise EmosaeError(
+                        f"the dictionary of layer {layer} has {dictionary.n_features} features and the steering was "
+                        f"made for {len(bank)}"
+                    )
+                if str(dictionary.sae.cfg.normalize_activations) == "layer_norm":
+                    raise EmosaeError(
+                        f"{dictionary.origin} rescales each input, so its decoder rows are not fixed directions"
+                    )
             if len(gains_K) != len(bank) or bank.writes_KD.shape[1] != lm.d_model:
                 raise EmosaeError(f"the gains or directions of layer {layer} do not fit the units or the model")
             if not np.isfinite(gains_K).all():
