@@ -258,11 +258,14 @@ def steered_scores(
     Scores are label logits less their mean over labels. All steerings of a prompt are rows of one sweep.
 
     Raises:
-        EmosaeError: if there is no steering, or one was made for another model or width.
+        EmosaeError: if there is no steering, or one was made for another model or width, or the prompts were read by
+            another model.
     """
     _check(lm, steerings, dictionaries)
     plan = _compiled(steerings)
     ready = prompts if isinstance(prompts, Prepared) else prepare(lm, prompts, progress=progress)
+    if ready.tracer.source.name != lm.name:
+        raise EmosaeError(f"these prompts were read by {ready.tracer.source.name} and the model is {lm.name}")
     tracer, n, first = ready.tracer, len(steerings), min(plan, default=0)
     found = []
     for cleans in _batches(ready.clean, n):
