@@ -121,8 +121,12 @@ def choose_rows(frame: pd.DataFrame, settings: Settings) -> Rows:
     """Equally many test texts of each emotion, validation texts, and the pool that example draws come from.
 
     Raises:
-        EmosaeError: if a split lacks an emotion, or the pool has too few texts of one.
+        EmosaeError: if a split lacks an emotion, the pool has too few texts of one, or the number of examples that
+            claims are about is not among those asked for.
     """
+    if settings.main_examples not in settings.examples:
+        asked = ", ".join(map(str, settings.examples))
+        raise EmosaeError(f"main_examples is {settings.main_examples}, which is not in examples ({asked})")
     frame = frame[frame["emotion"].isin(EMOTIONS)]
     name = str(frame["dataset"].iloc[0]) if len(frame) else "the data"
     labels = tuple(e for e in EMOTIONS if (frame["emotion"] == e).any())
