@@ -194,9 +194,8 @@ def test_calibration_error_is_the_mean_gap_over_texts() -> None:
 def test_metrics_are_means_over_draws() -> None:
     rng = np.random.default_rng(0)
     preds = [guesses(GOLD, 0.5, rng) for _ in range(3)]
-    table = metrics_table(
-        pd.concat([said(GOLD, p, GAIN, draw=d, examples=5) for d, p in enumerate(preds)], ignore_index=True), SMALL
-    )
+    told = pd.concat([said(GOLD, p, GAIN, draw=d, examples=5) for d, p in enumerate(preds)], ignore_index=True)
+    table = metrics_table(told, SMALL)
     assert set(table["rows"]) == {90} and (table["low"] <= table["high"]).all()
     values = table.set_index(["metric", "emotion"])["value"]
     np.testing.assert_allclose(values["macro_f1", "all"], np.mean([macro_f1(GOLD, p) for p in preds]))
@@ -205,6 +204,13 @@ def test_metrics_are_means_over_draws() -> None:
     np.testing.assert_allclose(values["recall", "joy"], np.mean([(p[own] == "joy").mean() for p in preds]))
     shown = table[table["metric"] == "macro_f1"].iloc[0]
     assert shown["low"] < shown["value"] < shown["high"]
+    pd.testing.assert_frame_equal(metrics_table(told, SMALL), table)
+    assert not metrics_table(told, replace(SMALL, seed=1))["low"].equals(table["low"])
+
+
+def test_an_interval_leaves_out_the_data_themselves_and_five_percent() -> None:
+    samples_R = np.concatenate([[5000.0], np.arange(1001.0)])
+    assert repair._interval(samples_R) == pytest.approx({"value": 5000.0, "low": 25.0, "high": 975.0})
 
 
 def test_identical_predictions_differ_by_exactly_nothing() -> None:
@@ -221,7 +227,7 @@ def test_identical_predictions_differ_by_exactly_nothing() -> None:
     methods += [said(GOLD, p, m, examples=5, draw=d) for m in (GAIN, RANDOM) for d, p in enumerate(preds)]
     table = comparison_table(pd.concat(methods, ignore_index=True), SMALL)
     row = table[table["versus"] == RANDOM].iloc[0]
-    assert row["value"] == row["low"] == row["high"] == 0
+    assert row["value"] == row["low"] == row["high"] == 0 and row["p"] == 1
 
 
 def test_a_planted_improvement_has_the_right_sign_and_size() -> None:
@@ -494,6 +500,15 @@ def test_every_method_answers_the_test_texts_and_learns_from_others(
     again_RPE = steering.steered_scores(lm, bench.test, [measured.steerings[GAIN, 2, 1].at(2.0)], found)
     mine = told[(told["method"] == GAIN) & (told["draw"] == 1) & (told["strength"] == 2.0) & ~told["calibrated"]]
     assert mine["pred"].tolist() == [THREE[i] for i in again_RPE[0].argmax(axis=1)]
+    # Calibrated means less the prior under the same steering; under targeted steering, the one it was made for.
+    aimed = measured.steerings[f"{TARGETED}, {CALIBRATED}", 2, 1]
+    for method, one in ((GAIN, measured.steerings[GAIN, 2, 1]), (TARGETED, aimed)):
+        test_PE, free_PE = (steering.steered_scores(lm, x, [one], found)[0] for x in (bench.test, bench.free))
+        prior_E = bench.prior_E if method == TARGETED else free_PE.mean(axis=0)
+        plain = (told["method"] == method) & (told["strength"] == 1.0) & (told["units"] == 0)
+        mine = told[plain & (told["examples"] == 2) & (told["draw"] == 1) & told["calibrated"]]
+        sure_P = torch.softmax(torch.from_numpy(test_PE - prior_E), dim=1).amax(dim=1).numpy()
+        np.testing.assert_allclose(mine["confidence"], sure_P, atol=1e-5)
     assert (measured.fits["loss"] > 0).all() and len(measured.fits) == len(measured.steerings)
 
 
