@@ -448,6 +448,19 @@ def test_targeted_steering_asks_the_other_emotions_to_stay(bench: Bench, emotion
     assert np.abs(steering.loss_slopes(first, target_XE[:n])).max() > 1e-3
 
 
+def test_a_learner_knows_the_tangent_of_the_examples_of_a_draw(bench: Bench) -> None:
+    at_P, _ = bench.examples(1, 1)
+    units, basis = repair.active_units(bench.dictionaries, bench.pool)[0], steering.feature_basis(bench.dictionaries)
+    means = repair._means_learner(bench, 1, 1)
+    for learner in (repair._learner(bench, basis, units, None, "x"), means):
+        ours = learner.first(at_P)
+        part = repair._part(bench.pool, at_P)
+        wanted = steering.tangent(part, learner.basis, learner.units, bench.dictionaries)
+        np.testing.assert_allclose(ours.scores_PE, wanted.scores_PE, atol=1e-5)
+        np.testing.assert_allclose(ours.slopes_PEU, wanted.slopes_PEU, atol=1e-4)
+    assert at_P.tolist() != list(range(len(at_P)))
+
+
 def test_units_are_the_features_that_some_prompt_has(bench: Bench) -> None:
     units, sizes = repair.active_units(bench.dictionaries, bench.pool)
     resid_PLD = repair._streams(bench.pool, [1, 2])
