@@ -123,8 +123,12 @@ def choose_rows(frame: pd.DataFrame, settings: Settings) -> Rows:
     """Equally many test texts of each emotion, validation texts, and the pool that example draws come from.
 
     Raises:
-        EmosaeError: if a split lacks an emotion, or the pool has too few texts of one.
+        EmosaeError: if a split lacks an emotion, the pool has too few texts of one, or the number of examples that
+            claims are about is not among those asked for.
     """
+    if settings.main_examples not in settings.examples:
+        asked = ", ".join(map(str, settings.examples))
+        raise EmosaeError(f"main_examples is {settings.main_examples}, which is not in examples ({asked})")
     frame = frame[frame["emotion"].isin(EMOTIONS)]
     name = str(frame["dataset"].iloc[0]) if len(frame) else "the data"
     labels = tuple(e for e in EMOTIONS if (frame["emotion"] == e).any())
@@ -781,17 +785,21 @@ def comparison_table(predictions: pd.DataFrame, settings: Settings) -> pd.DataFr
     return pd.DataFrame(records)
 
 
+def _on_same_texts(pooled: Pool, key: tuple[Any, ...], other: tuple[Any, ...], settings: Settings) -> Pool:
+    """The pool itself, or that of two methods alone where one was asked about a part of the other's texts."""
+    part, rival = pooled.said[key], pooled.said[other]
+    if len(set(part["row_id"])) == len(set(rival["row_id"])):
+        return pooled
+    return pool(pd.concat([part, rival[rival["row_id"].isin(part["row_id"])]]), settings)
+
+
 def _paired(
     pooled: Pool, key: tuple[Any, ...], other: tuple[Any, ...], part: pd.DataFrame, settings: Settings
 ) -> dict[str, float]:
     """Difference of macro-F1 with its interval, and McNemar's p."""
+    pooled = _on_same_texts(pooled, key, other, settings)
     rival = pooled.said[other]
     ours, theirs = pooled.samples[key]["macro_f1"], pooled.samples[other]["macro_f1"]
-    if len(set(part["row_id"])) < len(set(rival["row_id"])):
-        # A method asked about a part of the texts is compared on that part.
-        rival = rival[rival["row_id"].isin(part["row_id"])]
-        both = pool(pd.concat([part, rival]), settings)
-        ours, theirs = both.samples[key]["macro_f1"], both.samples[other]["macro_f1"]
     p_values = []
     for draw in sorted(part["draw"].unique()):
         one = part[part["draw"] == draw].set_index("row_id")
@@ -1017,17 +1025,19 @@ def _repairs(tables: Mapping[str, pd.DataFrame], where: Mapping[str, str], setti
 def spread_table(predictions: pd.DataFrame, settings: Settings) -> pd.DataFrame:
     """How unequal the emotions are: standard deviation of recall over emotions, of every method and less the raw one.
 
-    Columns: model, dataset, method, examples, calibrated, versus ("" for the spread itself), value, low, high.
+    A method asked about a part of the texts is compared on that part. Columns: model, dataset, method, examples,
+    calibrated, versus ("" for the spread itself), value, low, high.
     """
     records = []
     for (model, dataset), here in predictions.groupby(["model", "dataset"]):
         pooled = pool(here, settings)
-        raw = next(samples for key, samples in pooled.samples.items() if key[0] == RAW)
-        for key, samples in pooled.samples.items():
+        raw = next(key for key in pooled.said if key[0] == RAW)
+        for key in pooled.said:
             if not _plain(key):
                 continue
             facts = {"model": model, "dataset": dataset} | dict(zip(KEYS[:3], key[:3], strict=True))
-            own_R, raw_R = samples["recall"].std(axis=1), raw["recall"].std(axis=1)
+            samples = _on_same_texts(pooled, key, raw, settings).samples
+            own_R, raw_R = (samples[x]["recall"].std(axis=1) for x in (key, raw))
             records.append(facts | {"versus": ""} | _interval(own_R))
             records.append(facts | {"versus": RAW} | _interval(own_R - raw_R))
     return pd.DataFrame(records)
