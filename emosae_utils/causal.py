@@ -1,0 +1,536 @@
+"""The chapter on causal tracing: effects of features and patches between prompts, the claims about them, their words.
+
+`effects` holds the statistics of single features and sets; here are activation patching (what attention, FFN or the
+stream carry from one text into another), the tests of the claims C3 and C4, and what runs and saves it all.
+
+Shapes: P prompts, L layers, D width of the stream, E labels, R draws.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from emosae_utils import browser, difficulty, effects, scoring, stats, tracing
+from emosae_utils.codes import read_codes
+from emosae_utils.data import cards, is_present, load_corpus
+from emosae_utils.effects import (
+    CONTRAST,
+    EFFECT,
+    EMOTION,
+    EVERYTHING,
+    KINDS,
+    LABEL,
+    PHASE_NAMES,
+    WHOLE,
+    Held,
+    Job,
+    Joint,
+    Settings,
+    margins,
+    summary,
+)
+from emosae_utils.features import NOT_SUPPORTED, SUPPORTED, UNDECIDED
+from emosae_utils.files import EmosaeError, write_json, write_table
+from emosae_utils.flow import CODES, RESIDUAL, recentred
+from emosae_utils.models import LM, load_model
+from emosae_utils.saes import Dictionary, available_layers, load_dictionaries
+from emosae_utils.tracing import Effects
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+CROSS, SAME_EMOTION, NEUTRAL = "other emotion", "same emotion", "neutral"
+CONCENTRATED, DIFFUSE, RIVAL = ("surprise", "fear"), "disgust", "anger"
+CLAIM_KEYS = ("claim", "model", "dataset", "part", "effect", "low", "high", "unit", "test", "verdict")
+
+# Activation patching between prompts.
+
+
+def choose_pairs(rows: pd.DataFrame, neutral: pd.DataFrame, labels: Sequence[str], settings: Settings) -> pd.DataFrame:
+    """A fixed list of texts and donors: as many receiving texts of each emotion, donors of the others in turn.
+
+    Donors come from the same topic where there is one, and of these from the same person and tense. Each receiving
+    text has a donor of another emotion, another text of its own emotion and a neutral text.
+
+    Returns:
+        One row per receiving text: row, emotion, group, target (the donor's emotion), and the row positions of the
+        donors under the names of the tasks; those of the neutral text count in `neutral`, -1 if there is none.
+    """
+    rng = np.random.default_rng(settings.seed)
+
+    def nearest(to: Any, there: pd.DataFrame) -> int:
+        score = sum((there[c] == to[c]).astype(float) * w for c, w in (("group", 4), ("person", 2), ("tense", 1)))
+        return int(there.index[np.argmax(np.asarray(score) + 0.1 * rng.random(len(there)))]) if len(there) else -1
+
+    rows, neutral, records = rows.reset_index(drop=True), neutral.reset_index(drop=True), []
+    for emotion in labels:
+        own, others = rows[rows["emotion"] == emotion], [e for e in labels if e != emotion]
+        for i, at in enumerate(rng.permutation(own.index)[: settings.pairs_per_emotion]):
+            text, target = rows.loc[at], others[i % len(others)]
+            donors = {CROSS: nearest(text, rows[rows["emotion"] == target])}
+            donors |= {SAME_EMOTION: nearest(text, own.drop(index=at)), NEUTRAL: nearest(text, neutral)}
+            records.append({"row": int(at), "emotion": emotion, "group": text["group"], "target": target} | donors)
+    return pd.DataFrame(records)
+
+
+def patching(
+    lm: LM, rows: pd.DataFrame, neutral: pd.DataFrame, labels: tuple[str, ...], settings: Settings
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Put what attention, FFN or the stream hold in a donor's prompt into another, layer by layer and in windows.
+
+    A patch of the stream replaces all that came before it, so a window of several layers would equal its last one; the
+    stream is patched at single layers only.
+
+    Returns:
+        Columns task, site, layer, window, value, low, high: how much of the clean difference between the emotional
+        donor and the receiving text, in the score of the donor's emotion less that of the text's own, the patch moves;
+        0 is nothing and 1 all of it. Controls are in units of the same difference. And the pairs.
+    """
+    pairs = choose_pairs(rows, neutral, labels, settings)
+    wording: dict[str, Any] = {"template": settings.template, "labels": labels}
+    rows = rows.reset_index(drop=True)
+    prompts = scoring.build_prompts(lm, rows.loc[pairs["row"]], **wording)
+    own_P, target_P = (pairs[c].map({e: k for k, e in enumerate(labels)}).to_numpy() for c in ("emotion", "target"))
+    at_P = np.arange(len(pairs))
+    names, group_P = np.unique(pairs["group"], return_inverse=True)
+    drawn_RG = stats.bootstrap_weights(len(names), settings.bootstraps, settings.seed)
+    w_RP = np.vstack([np.ones(len(pairs)), drawn_RG[:, group_P]])
+    kinds = [(site, width) for site in ("attention", "ffn") for width in settings.windows] + [("residual", 1)]
+    spans = [(site, layer, width) for site, width in kinds for layer in range(lm.n_layers)]
+    records, gap_R = [], np.ones(len(w_RP))
+    for task, source in ((CROSS, rows), (SAME_EMOTION, rows), (NEUTRAL, neutral.reset_index(drop=True))):
+        if (pairs[task] < 0).any():
+            continue
+        donors = scoring.build_prompts(lm, source.loc[pairs[task]], **wording)
+        read = scoring.read_out(lm, donors, layers=range(lm.n_layers), mode="first", parts=True)
+        held = {"residual": read.resid_PLD, "attention": read.attn_PLD, "ffn": read.ffn_PLD}
+        put = {site: np.asarray(x_PLD, dtype=float).transpose(1, 0, 2).copy() for site, x_PLD in held.items()}
+        edits: list[Any] = []
+        for site, layer, width in spans:
+            window = range(max(0, layer - width // 2), min(lm.n_layers, layer + width // 2 + 1))
+            edits.append([(i, site, "set", put[site][i]) for i in window])
+        made = tracing.run_edits(lm, prompts, edits, progress=f"{lm.name}: patching, {task}")
+        if task == CROSS:
+            lead_P = (read.scores_PE[at_P, target_P] - read.scores_PE[at_P, own_P]) - (
+                made.clean_PE[at_P, target_P] - made.clean_PE[at_P, own_P]
+            )
+            gap_R = w_RP @ lead_P
+        moved_PR = made.effects_PRE[at_P, :, target_P] - made.effects_PRE[at_P, :, own_P]
+        share_RX = (w_RP @ moved_PR) / gap_R[:, None]
+        for (site, layer, width), draws_R in zip(spans, share_RX.T, strict=True):
+            records.append({"task": task, "site": site, "layer": layer, "window": width} | summary(draws_R))
+    return pd.DataFrame(records), pairs
+
+
+# The claims. Each test is stated on the page before its result.
+
+
+def _verdict(yes: bool, no: bool) -> str:
+    return SUPPORTED if yes else NOT_SUPPORTED if no else UNDECIDED
+
+
+def _overall(verdicts: Sequence[str]) -> str:
+    """Supported if every part is, not supported if one is not, else undecided."""
+    return next(v for v in (NOT_SUPPORTED, UNDECIDED, SUPPORTED) if v in verdicts)
+
+
+def _below(draws_R: Array) -> tuple[dict[str, float], str]:
+    """An effect that should be below zero: supported if its interval is, not supported if none of the interval is."""
+    found = summary(draws_R)
+    return found, _verdict(found["high"] < 0, found["low"] >= 0)
+
+
+def claim_records(joint: Joint, numbers: Mapping[tuple[str, str], Array], kind: str = EMOTION) -> list[dict[str, Any]]:
+    """C3 and C4 for one model: a record per part and one for the whole (part ""), without model and dataset.
+
+    C3 is supported if (i) the set of at least four emotions of six (two in three) lowers the gold logit difference of
+    its own held-out texts more than matched random sets, by intervals below zero, and (ii) these strengths differ
+    between emotions: their spread exceeds 95 % of what the draws of topics give around equal strengths. It is not
+    supported if (i) cannot be reached any more: too many emotions have no set, or an interval that is nowhere below
+    zero.
+
+    C4 is supported if every part is, not supported if one is not. Each part is an effect that should lie on one side
+    of zero: supported if its interval does, not supported if none of it does.
+    """
+    labels, measure = joint.held.labels, EFFECT if kind == LABEL else CONTRAST
+    records: list[dict[str, Any]] = []
+
+    def add(claim: str, part: str, found: Mapping[str, float], unit: str, test: str, verdict: str) -> None:
+        ends = {"effect": found["value"], "low": found["low"], "high": found["high"]}
+        key = {"claim": claim, "part": part} | {k: float(v) if np.isfinite(v) else None for k, v in ends.items()}
+        records.append(key | {"unit": unit, "test": test, "verdict": verdict})
+
+    nothing = {"value": np.nan, "low": np.nan, "high": np.nan}
+    strength = {e: joint.measured(kind, e, WHOLE, e)["difference"] for e in labels}
+    size = {e: int(joint.jobs["features"].iloc[joint.at(kind, e, WHOLE)[0]]) for e in labels}
+    verdicts = []
+    for e in labels:
+        found, verdict = _below(strength[e]) if size[e] else (nothing, NOT_SUPPORTED)
+        verdicts.append(verdict)
+        test = f"the {kind} of {e} ({size[e]} features) lowers its gold logit difference more than random sets do"
+        add("C3", f"drives {e}", found, "nats", test, verdict)
+    wanted, n_yes = int(np.ceil(2 * len(labels) / 3)), verdicts.count(SUPPORTED)
+    drives = _verdict(n_yes >= wanted, len(labels) - verdicts.count(NOT_SUPPORTED) < wanted)
+    each_ER = np.array([strength[e] for e in labels])
+    spread_R = each_ER.std(axis=0)
+    around_R = (each_ER[:, 1:] - np.nanmean(each_ER[:, 1:], axis=1, keepdims=True)).std(axis=0)
+    p = stats.permutation_p(float(spread_R[0]), around_R.tolist())
+    spread = summary(np.concatenate([spread_R[:1], recentred(spread_R[0], spread_R[1:])]))
+    differ = _verdict(p <= 0.05, False)
+    test = f"the strengths of the sets differ between emotions (standard deviation; bootstrap p = {p:.3f})"
+    add("C3", "emotions differ", spread, "nats", test, differ)
+    number = {"value": float(n_yes), "low": np.nan, "high": np.nan}
+    test = f"at least {wanted} of {len(labels)} {kind}s drive their emotion, and their strengths differ"
+    whole = NOT_SUPPORTED if drives == NOT_SUPPORTED else _overall([drives, differ])
+    add("C3", "", number, "emotions", test, whole)
+
+    parts = []
+
+    def judge(part: str, draws_R: Array, unit: str, test: str) -> None:
+        """A part whose draws should be below zero once turned that way; the record keeps the effect as it is."""
+        sign = 1 if test.endswith("below zero") else -1
+        verdict = _below(sign * draws_R)[1] if np.isfinite(draws_R[0]) else UNDECIDED
+        parts.append(verdict)
+        add("C4", part, summary(draws_R), unit, test, verdict)
+
+    rest = {e: [numbers[measure, o] for o in labels if o != e] for e in labels}
+    if DIFFUSE in labels:
+        gap_R = numbers[measure, DIFFUSE] - np.mean(rest[DIFFUSE], axis=0)
+        judge("disgust diffuse", gap_R, "features", "effective number of disgust less that of the others: above zero")
+        gap_R = strength[DIFFUSE] - np.mean([strength[e] for e in labels if e != DIFFUSE], axis=0)
+        judge("disgust weak", gap_R, "nats", "change by the set of disgust less the others' mean: above zero")
+    if {DIFFUSE, RIVAL} <= set(labels):
+        shared_R = joint.measured(kind, DIFFUSE, WHOLE, RIVAL)["difference"]
+        test = "the set of disgust on texts of anger, less random sets: below zero"
+        judge("disgust shared with anger", shared_R, "nats", test)
+        test = "how far removing anger's set frees disgust on its texts, less the reverse: above zero"
+        judge("disgust overshadowed", overshadowing(joint, kind, DIFFUSE, RIVAL), "nats", test)
+    for e in (e for e in CONCENTRATED if e in labels):
+        gap_R = numbers[measure, e] - np.mean(rest[e], axis=0)
+        judge(f"{e} concentrated", gap_R, "features", f"effective number of {e} less that of the others: below zero")
+    if parts:
+        test = f"all parts of the claim on disgust, surprise and fear hold, measured on the {kind}s"
+        add("C4", "", nothing, "", test, _overall(parts))
+    return records
+
+
+def overshadowing(joint: Joint, kind: str, weak: str, strong: str) -> Array:
+    """How much more the strong emotion's set keeps the weak one down than the reverse, [1 + draws], nats.
+
+    Change of (own score less the other's) on own texts by removing the other's set, less random sets; of the weak
+    emotion less that of the strong one.
+    """
+    held, found = joint.held, []
+    for own, other in ((weak, strong), (strong, weak)):
+        set_job, drawn = joint.at(kind, other, WHOLE)
+        lead = [held.labels.index(own), held.labels.index(other)]
+        moved = []
+        for jobs in ([set_job], drawn):
+            change_JPE = joint.scores_JPE[np.asarray(jobs, dtype=int)][:, :, lead] - held.clean_PE[:, lead]
+            lead_P = (change_JPE[..., 0] - change_JPE[..., 1]).mean(axis=0) if len(jobs) else np.zeros(len(held.y_P))
+            moved.append(held.mean(lead_P, held.keep(own)))
+        found.append(moved[0] - moved[1])
+    gap_R: Array = found[0] - found[1]
+    return gap_R
+
+
+# The chapter.
+
+
+def read_phases(in_dir: Path, model: str, dataset: str, layers: Sequence[int], n_layers: int) -> tuple[list[int], str]:
+    """First layers of the second and third phase, and where they come from.
+
+    The best cut into three of the chapter on flow, on the codes or else the residual stream; equal thirds of the
+    model where that chapter has none.
+    """
+    path = in_dir / "flow" / "phases.parquet"
+    if path.is_file():
+        found = pd.read_parquet(path)
+        found = found[(found["model"] == model) & (found["dataset"] == dataset)]
+        found = found[(found["what"] == "boundary") & (found["phases"] == len(PHASE_NAMES))]
+        for place in (CODES, RESIDUAL):
+            starts = found[found["representation"] == place].sort_values("name")["value"]
+            if len(starts) == len(PHASE_NAMES) - 1:
+                return [round(v) for v in starts], f"the cut into three of the chapter on flow, {place}"
+    cuts = np.linspace(0, n_layers, len(PHASE_NAMES) + 1)[1:-1]
+    return [int(np.ceil(c)) for c in cuts], "three equal thirds of the layers, as the chapter on flow has no cut"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one model shows on one dataset: tables by name, members of the sets, cards of the examples, and notes."""
+
+    tables: Mapping[str, pd.DataFrame]
+    sets: Mapping[str, Mapping[str, list[tuple[int, int]]]]
+    cards: tuple[browser.FeatureCard, ...]
+    phases: tuple[int, ...]
+    phase_source: str
+    notes: tuple[str, ...]
+
+
+def _few(rows: pd.DataFrame, per_emotion: int, seed: int) -> pd.DataFrame:
+    """A random few rows of each emotion, in the order they stand in; the index says which."""
+    return rows.sample(frac=1.0, random_state=seed).groupby("emotion").head(per_emotion).sort_index()
+
+
+def _texts(prompts: scoring.Prompts, index: Iterable[int]) -> scoring.Prompts:
+    return replace(prompts, ids=tuple(prompts.ids[i] for i in index))
+
+
+def examples(table: pd.DataFrame, found: Effects, held: Held) -> pd.DataFrame:
+    """For each emotion the strongest feature of its set (of the label set if that is empty), on one held-out text.
+
+    The feature is the one with the largest contrast in discovery, the text the one on which it is most active.
+    Columns: emotion, kind, layer, feature, row_id, text, activation, before, after (gold logit difference, nats),
+    answer, answer_after (after prior calibration).
+    """
+    records = []
+    for k, emotion in enumerate(held.labels):
+        own = table[table["emotion"] == emotion]
+        kind, members = EMOTION, own[own["in_emotion"]].sort_values(CONTRAST)
+        if members.empty:
+            kind, members = LABEL, own[own["in_label"]].sort_values(EFFECT)
+        for layer, feature in members[["layer", "feature"]].head(5).itertuples(index=False):
+            here = (found.layer_N == layer) & (found.feature_N == feature) & (held.y_P[found.prompt_N] == k)
+            if not here.any():
+                continue
+            n = np.flatnonzero(here)[np.argmax(found.activation_N[here])]
+            p, scores_2E = found.prompt_N[n], np.array([held.clean_PE[found.prompt_N[n]], found.scores_NE[n]])
+            before, after = margins(scores_2E)[:, k]
+            said = [held.labels[i] for i in held.answers(scores_2E)]
+            row = held.rows.iloc[p]
+            records.append(
+                {"emotion": emotion, "kind": kind, "layer": int(layer), "feature": int(feature)}
+                | {"row_id": row["row_id"], "text": row["text"], "activation": float(found.activation_N[n])}
+                | {"before": before, "after": after, "answer": said[0], "answer_after": said[1]}
+            )
+            break
+    return pd.DataFrame(records)
+
+
+def _operations(
+    lm: LM,
+    dictionaries: Mapping[int, Dictionary],
+    prompts: scoring.Prompts,
+    table: pd.DataFrame,
+    found: Effects,
+    held: Held,
+    settings: Settings,
+) -> pd.DataFrame:
+    """Compare zero, mean and resample ablation on a few held-out texts, of members and the top features."""
+    few = _few(held.rows, settings.operation_rows_per_emotion, settings.seed).index
+    ranked = table.groupby("emotion")[EFFECT].rank() <= settings.operation_top
+    table = table.assign(top=ranked)
+    wanted_X = ranked | table["in_label"] | table["in_emotion"]
+    chosen = effects.by_layer(table.loc[wanted_X, ["layer", "feature"]].drop_duplicates())
+    part, y_P = _texts(prompts, few), held.y_P[few]
+    wanted = pd.MultiIndex.from_tuples([(layer, f) for layer, fs in chosen.items() for f in fs])
+    kept = np.isin(found.prompt_N, few)
+    kept &= pd.MultiIndex.from_arrays([found.layer_N, found.feature_N]).isin(wanted)
+    place_P = np.full(len(prompts), -1)
+    place_P[few] = np.arange(len(few))
+    by_name = {
+        "zero": replace(
+            found,
+            prompt_N=place_P[found.prompt_N[kept]],
+            layer_N=found.layer_N[kept],
+            feature_N=found.feature_N[kept],
+            activation_N=found.activation_N[kept],
+            scores_NE=found.scores_NE[kept],
+            clean_PE=found.clean_PE[few],
+        )
+    }
+    options: dict[str, Any] = {"features": chosen, "seed": settings.seed}
+    for name in ("mean", "resample"):
+        by_name[name] = tracing.ablate_features(
+            lm, part, dictionaries, operation=name, progress=f"{lm.name}: {name} ablation", **options
+        )
+    return effects.operation_table(by_name, table, y_P)
+
+
+def _ladder(
+    lm: LM, dictionaries: Mapping[int, Dictionary], prompts: scoring.Prompts, held: Held, settings: Settings
+) -> pd.DataFrame:
+    """Agreement of the estimates with exact effects on a few texts: method, by, n, spearman, overlap, slope."""
+    few = _few(held.rows, settings.ladder_rows_per_emotion, settings.seed).index
+    part, y_P, parts = _texts(prompts, few), held.y_P[few], []
+    exact = tracing.ablate_features(lm, part, dictionaries)
+    for estimate in (tracing.attribution, tracing.integrated_gradients):
+        guess = estimate(lm, part, dictionaries, progress=f"{lm.name}: {estimate.__name__}")
+        for by in ("prompt", "layer"):
+            found = tracing.agreement(exact, guess, gold_P=y_P, by=by)
+            parts.append(found.rename(columns={by: "index"}).assign(by=by, method=guess.method))
+    return pd.concat(parts, ignore_index=True)
+
+
+def with_model(
+    lm: LM,
+    dictionaries: Mapping[int, Dictionary],
+    rows: difficulty.Rows,
+    neutral: pd.DataFrame,
+    settings: Settings,
+    in_dir: Path,
+) -> Measured:
+    """Trace one model on one dataset.
+
+    Args:
+        lm: the model.
+        dictionaries: by layer.
+        rows: discovery texts (`fit`) and held-out texts (`measure`).
+        neutral: held-out texts without emotion, for the patching control; may be empty.
+        settings: sample sizes, levels and seed.
+        in_dir: where the chapter on flow has left its phases, if it has run.
+    """
+    labels = difficulty.label_set(rows)
+    wording: dict[str, Any] = {"template": settings.template, "labels": labels}
+    fit, measure = (scoring.build_prompts(lm, part, **wording) for part in (rows.fit, rows.measure))
+    null_rows = _few(rows.fit, settings.null_rows_per_emotion, settings.seed)
+    found = tracing.ablate_features(lm, fit, dictionaries, progress=f"{lm.name}: discovery")
+    turned = {layer: effects.other_directions(d, settings.seed) for layer, d in dictionaries.items()}
+    null = tracing.ablate_features(
+        lm, _texts(fit, null_rows.index), dictionaries, directions=turned, progress=f"{lm.name}: other directions"
+    )
+    table = effects.select(found, null, rows.fit, null_rows, settings)
+    del found, null, turned
+    single = tracing.ablate_features(lm, measure, dictionaries, progress=f"{lm.name}: held-out")
+    prior_E = scoring.label_prior(lm, **wording)
+    held = effects.make_held(rows.measure, labels, single.clean_PE, prior_E, settings)
+    table = effects.held_columns(table, single, held, max(settings.top))
+    phases, source = read_phases(in_dir, lm.name, rows.dataset, sorted(dictionaries), lm.n_layers)
+    jobs = effects.make_jobs(table, phases, labels, settings)
+    joint = effects.run_jobs(lm, measure, dictionaries, jobs, held, progress=f"{lm.name}: sets")
+    whole = [job for job in jobs if job.part == WHOLE and job.kind in KINDS]
+    # With nothing to keep, everything goes to its mean.
+    whole = [replace(job, everywhere=False) for job in whole] + [Job(EVERYTHING, "", WHOLE, -1, {}, 0.0, True)]
+    codes = read_codes(lm, measure, dictionaries, rows.measure)
+    fitted = read_codes(lm, fit, dictionaries, rows.fit)
+    means = {layer: fitted.dense(layer).mean(axis=0) for layer in dictionaries}
+    kept = effects.run_jobs(lm, measure, dictionaries, whole, held, means=means, progress=f"{lm.name}: only the set")
+    spread, numbers = effects.concentration(table, single, held, settings)
+    claims = [r | {"kind": k} for k in KINDS for r in claim_records(joint, numbers, k)]
+    patched, pairs = patching(lm, rows.measure, neutral, labels, settings)
+    noise = tracing.noise_floor(lm, _texts(measure, range(2)), seed=settings.seed)
+    shown = examples(table, single, held)
+    chosen = list(dict.fromkeys(zip(shown.get("layer", []), shown.get("feature", []), strict=True)))
+    acting = table.assign(effect=table["held_effect"])[["layer", "feature", "emotion", "effect"]]
+    found_cards = browser.make_cards(
+        lm, dictionaries, replace(codes, resid_PLD=None), chosen, effects=acting, template=settings.template, n_texts=2
+    )
+    parts = {
+        "selection": table,
+        "sets": effects.set_table(table, joint),
+        "matrix": effects.matrix_table(joint),
+        "phases": effects.part_table(joint, KINDS, PHASE_NAMES),
+        "recovery": effects.part_table(joint, (EFFECT, CONTRAST), [f"top {k}" for k in settings.top]),
+        "sufficiency": effects.keep_table(kept),
+        "everything": effects.everything_table(joint),
+        "concentration": spread,
+        "layers": effects.layer_table(table),
+        "operations": _operations(lm, dictionaries, measure, table, single, held, settings),
+        "ladder": _ladder(lm, dictionaries, measure, held, settings),
+        "patching": patched,
+        "pairs": pairs,
+        "noise": pd.DataFrame([asdict(noise) | {"said": str(noise)}]),
+        "examples": shown,
+        "claims": pd.DataFrame(claims),
+    }
+    members = effects.causal_sets(table, labels)
+    listed = {k: {e: list(map(tuple, members[k, e].to_numpy().tolist())) for e in labels} for k in KINDS}
+    return Measured(parts, listed, found_cards, tuple(phases), source, single.notes)
+
+
+@dataclass(frozen=True)
+class Study:
+    """Every model on every dataset that is here, by (model, dataset), and what was left out and why."""
+
+    measured: Mapping[tuple[str, str], Measured]
+    absent: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def run_study(
+    models: Sequence[str],
+    datasets: Sequence[str],
+    settings: Settings,
+    *,
+    in_dir: Path = Path("results"),
+    saes: str = "",
+    dtype: str | None = None,
+    device: str = "auto",
+) -> Study:
+    """Trace every model that has dictionaries on every dataset that is here, one model in memory at a time.
+
+    Args:
+        models: model names; the first is the one the text speaks of.
+        datasets: names or paths.
+        settings: sample sizes, levels and seed.
+        in_dir: where earlier chapters have left their results.
+        saes: where the dictionaries are, as for `load_dictionaries`.
+        dtype: arithmetic of the unedited part; each profile's own if None.
+        device: as for `load_model`.
+
+    Raises:
+        EmosaeError: if no model has a dictionary, no dataset is present, or a layer has no dictionary.
+    """
+    named = {card.name for card in cards()}
+    absent = tuple(d for d in datasets if d in named and not is_present(d))
+    sizes = difficulty.Settings(
+        rows_per_emotion=settings.held_rows_per_emotion,
+        fit_rows_per_emotion=settings.rows_per_emotion,
+        seed=settings.seed,
+    )
+    chosen: list[tuple[difficulty.Rows, pd.DataFrame]] = []
+    for dataset in (d for d in datasets if d not in absent):
+        frame = load_corpus(dataset, emotions=None).frame
+        neutral = frame[(frame["emotion"] == "neutral") & (frame["split"] != "discovery")]
+        chosen.append((difficulty.choose_rows(frame, sizes), neutral.reset_index(drop=True)))
+    if not chosen:
+        raise EmosaeError(f"none of the datasets {', '.join(datasets)} is here; see `emosae list`")
+    measured: dict[tuple[str, str], Measured] = {}
+    notes: list[str] = []
+    for model in dict.fromkeys(models):
+        lm = load_model(model, dtype=dtype, device=device)
+        if not (have := available_layers(lm, saes)):
+            notes.append(f"{model} has no dictionaries; train them with `emosae train-saes --model {model}`")
+            continue
+        dictionaries = load_dictionaries(lm, saes, layers=list(settings.layers) or have)
+        for rows, neutral in chosen:
+            measured[model, rows.dataset] = with_model(lm, dictionaries, rows, neutral, settings, in_dir)
+        # Two models need not fit into memory together.
+        del lm, dictionaries
+        gc.collect()
+    if not measured:
+        raise EmosaeError(notes[0] if notes else "no model was named; set `model`")
+    return Study(measured, absent, tuple(notes))
+
+
+def save(study: Study, settings: Settings, out_dir: Path) -> dict[str, pd.DataFrame]:
+    """Write the chapter's tables as parquet into `out_dir` and return them by name; all have model and dataset.
+
+    Also writes `sets.json` (members by model, dataset, kind and emotion), `claims.json` (on the emotion sets; the
+    label sets' parts are in `claims.parquet`), `cards.json` and `settings.json`.
+    """
+    kept: dict[str, list[pd.DataFrame]] = {}
+    for (model, dataset), m in study.measured.items():
+        for name, table in m.tables.items():
+            kept.setdefault(name, []).append(table.assign(model=model, dataset=dataset))
+    tables = {name: pd.concat(parts, ignore_index=True) for name, parts in kept.items()}
+    for name, table in tables.items():
+        write_table(out_dir / f"{name}.parquet", table)
+    sets: dict[str, dict[str, Any]] = {}
+    for (model, dataset), m in study.measured.items():
+        sets.setdefault(model, {})[dataset] = m.sets
+    write_json(out_dir / "sets.json", sets)
+    claims = tables["claims"][tables["claims"]["kind"] == EMOTION][list(CLAIM_KEYS)].astype(object)
+    write_json(out_dir / "claims.json", claims.where(claims.notna(), None).to_dict("records"))
+    browser.save_cards(out_dir / "cards.json", [card for m in study.measured.values() for card in m.cards])
+    phases = {f"{model} on {dataset}": list(m.phases) for (model, dataset), m in study.measured.items()}
+    left_out = {"absent": list(study.absent), "notes": list(study.notes), "phases": phases}
+    write_json(out_dir / "settings.json", asdict(settings) | left_out)
+    return tables
