@@ -21,7 +21,9 @@ from emosae_utils import browser, difficulty, effects, scoring, stats, tracing
 from emosae_utils.codes import read_codes
 from emosae_utils.data import cards, is_present, load_corpus
 from emosae_utils.effects import (
+    ALL_ROWS,
     CONTRAST,
+    CORRECT,
     EFFECT,
     EMOTION,
     EVERYTHING,
@@ -534,3 +536,211 @@ def save(study: Study, settings: Settings, out_dir: Path) -> dict[str, pd.DataFr
     left_out = {"absent": list(study.absent), "notes": list(study.notes), "phases": phases}
     write_json(out_dir / "settings.json", asdict(settings) | left_out)
     return tables
+
+
+# The chapter's words: every number, and every verdict on it, comes from the tables.
+
+
+def _range(row: Any, prefix: str = "", sign: str = "+") -> str:
+    """As "-0.31 [-0.40, -0.22]", nats."""
+    value, low, high = (float(row[f"{prefix}{k}"]) for k in ("value", "low", "high"))
+    if not np.isfinite(value):
+        return "not measured"
+    return f"{value:{sign}.2f}" + (f" [{low:{sign}.2f}, {high:{sign}.2f}]" if np.isfinite(low) else " (no interval)")
+
+
+def here(tables: Mapping[str, pd.DataFrame], name: str, model: str) -> pd.DataFrame:
+    """A table's rows of one model, on the first dataset."""
+    table = tables[name]
+    return table[(table["model"] == model) & (table["dataset"] == table["dataset"].iloc[0])] if len(table) else table
+
+
+def rows_note(study: Study, settings: Settings) -> str:
+    """What was traced, where phases come from, and what was left out."""
+    n_labels = {d: m.tables["sets"]["emotion"].nunique() for (_, d), m in study.measured.items()}
+    texts = "; ".join(
+        f"{d}: at most {settings.rows_per_emotion * n} discovery, {settings.held_rows_per_emotion * n} held-out texts"
+        for d, n in n_labels.items()
+    )
+    lines = [f"**Texts.** {texts}, as many of each emotion."]
+    for (model, dataset), m in study.measured.items():
+        line = f"**Phases** of {model} on {dataset}: from layers {m.phases[0]} and {m.phases[1]} on ({m.phase_source})."
+        lines.append(line + "".join(f" Note: {note}." for note in m.notes))
+    lines += [f"Not on this machine: {', '.join(study.absent)}."] if study.absent else []
+    return "\n\n".join([*lines, *(f"{note}." for note in study.notes)])
+
+
+def noise_finding(tables: Mapping[str, pd.DataFrame], model: str) -> str:
+    """How far rounding moves an effect, beside the size of effects."""
+    effect_X = here(tables, "selection", model).query("in_label or in_emotion")["held_effect"].abs()
+    size = f"{effect_X.median():.1e} nats" if len(effect_X) else "nothing, as the sets are empty"
+    said = here(tables, "noise", model)["said"].iloc[0]
+    return f"**{model}**: {said}. The median member of a set changes its label by {size}."
+
+
+def selection_finding(tables: Mapping[str, pd.DataFrame], model: str) -> str:
+    """How many features are in the sets, and how many of the label features carry the word alone."""
+    table, sets = here(tables, "selection", model), here(tables, "sets", model).query("rows == @ALL_ROWS")
+    parts = []
+    for kind in KINDS:
+        own = sets[sets["kind"] == kind]
+        sizes = ", ".join(f"{r.emotion} {r.size}" for r in own[["emotion", "size"]].itertuples(index=False))
+        parts.append(f"{kind}s: {sizes} (of {own['tested'].min()} to {own['tested'].max()} tested)")
+    label = table[table["in_label"]]
+    both = float(label["in_emotion"].mean()) if len(label) else float("nan")
+    share = f"{both:.1%} of the memberships in label sets are also in the emotion set" if len(label) else ""
+    line = f"**{model}**. {parts[0]}. {parts[1]}. {share}"
+    if len(label):
+        alike = float((label["elsewhere"] / label["effect"]).median())
+        line += f"; the median member of a label set has {alike:.0%} of its effect on texts of other emotions as well"
+    empty = sets.query("kind == @EMOTION and size == 0")["emotion"].tolist()
+    return f"{line}." + (f" No feature is in the emotion set of {', '.join(empty)}." if empty else "")
+
+
+def sets_finding(tables: Mapping[str, pd.DataFrame], model: str) -> str:
+    """What joint ablation of each set does on held-out texts, with flips, and on the rows answered correctly."""
+    sets, lines = here(tables, "sets", model), []
+    for kind in KINDS:
+        parts = []
+        for row in sets[(sets["kind"] == kind) & (sets["rows"] == ALL_ROWS) & (sets["size"] > 0)].to_dict("records"):
+            parts.append(
+                f"{row['emotion']} {_range(row)} (random {_range(row, 'random_')}; answers changed {row['flips']:.0%} "
+                f"against {row['flips_random']:.0%})"
+            )
+        lines.append(f"{kind}s: {'; '.join(parts) or 'all empty'}")
+    right = sets[(sets["kind"] == EMOTION) & (sets["rows"] == CORRECT) & (sets["size"] > 0)]
+    said = "; ".join(f"{r['emotion']} {_range(r)}, {r['texts']} texts" for r in right.to_dict("records"))
+    return (
+        f"**{model}**, change of the gold logit difference in nats. {lines[0]}. {lines[1]}. On the texts answered "
+        f"correctly after prior calibration, emotion sets: {said or 'none'}."
+    )
+
+
+def recovery_finding(tables: Mapping[str, pd.DataFrame], model: str) -> str:
+    """What the largest top set takes, and how few features take half of it."""
+    table, lines = here(tables, "recovery", model), []
+    for order in (EFFECT, CONTRAST):
+        parts = []
+        for emotion, line in table[table["kind"] == order].groupby("emotion", sort=False):
+            most = line.loc[line["value"].idxmin()]
+            half = line[line["value"] <= most["value"] / 2].iloc[0] if most["value"] < 0 else most
+            parts.append(f"{emotion} {_range(most)} with {most['features']}, half of it with {half['features']}")
+        lines.append(f"ranked by {order}: {'; '.join(parts)}")
+    whole = here(tables, "everything", model).to_dict("records")
+    said = ", ".join(f"{r['emotion']} {_range(r)}" for r in whole)
+    return f"**{model}**, the deepest points: {lines[0]}. {lines[1]}. Removing every feature at once: {said}."
+
+
+def named_tests(tables: Mapping[str, pd.DataFrame], model: str) -> str:
+    """Disgust and anger in both directions, and surprise against all."""
+    matrix = here(tables, "matrix", model).set_index(["kind", "set", "text"])
+    labels, lines = list(dict.fromkeys(here(tables, "matrix", model)["text"])), []
+    for kind in KINDS:
+        parts = [
+            f"Δ({a}→{b}) {_range(matrix.loc[(kind, a, b)], 'difference_')}"
+            for a, b in ((DIFFUSE, RIVAL), (RIVAL, DIFFUSE))
+            if {a, b} <= set(labels)
+        ]
+        parts += [
+            f"Δ({a}→{b}) {_range(matrix.loc[(kind, a, b)], 'difference_')}"
+            for e in labels
+            if CONCENTRATED[0] in labels and e != CONCENTRATED[0]
+            for a, b in ((CONCENTRATED[0], e), (e, CONCENTRATED[0]))
+        ]
+        lines.append(f"{kind}s: {', '.join(parts)}")
+    return f"**{model}**, less random sets, nats. {'. '.join(lines)}."
+
+
+def phases_finding(tables: Mapping[str, pd.DataFrame], model: str) -> str:
+    """In which phase each emotion's set acts."""
+    table, parts = here(tables, "phases", model), []
+    for emotion, own in table[table["kind"] == EMOTION].groupby("emotion", sort=False):
+        said = ", ".join(
+            f"{r['part']} {_range(r, 'difference_')} ({r['features']} features)"
+            for r in own.to_dict("records")
+            if r["features"]
+        )
+        parts.append(f"{emotion}: {said or 'no features'}")
+    return f"**{model}**, emotion sets less random sets, nats. {'; '.join(parts)}."
+
+
+def sufficiency_finding(tables: Mapping[str, pd.DataFrame], model: str) -> str:
+    """How much of the gold logit difference comes back with a set alone."""
+    table, lines = here(tables, "sufficiency", model), []
+    for kind in KINDS:
+        own = table[table["kind"] == kind].to_dict("records")
+        said = "; ".join(
+            f"{r['emotion']} {_range(r)} (random {_range(r, 'random_')}, the whole model {r['clean']:+.2f})"
+            for r in own
+        )
+        lines.append(f"{kind}s: {said}")
+    return f"**{model}**, gain over all features at their mean, nats. {'. '.join(lines)}."
+
+
+def ladder_view(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Estimates against exact effects: medians over prompts of rank correlation, top-20 overlap and slope."""
+    table = tables["ladder"][tables["ladder"]["by"] == "prompt"]
+    return table.groupby(["model", "method"], sort=False)[["spearman", "overlap", "slope"]].median()
+
+
+def operation_view(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Zero, mean and resample ablation: means over emotions of effect, rank correlation and slope against zero."""
+    table = tables["operations"]
+    shown = table[table["features"] > 0].groupby(["model", "kind", "operation"], sort=False)
+    return shown[["value", "rank_correlation", "slope"]].mean()
+
+
+def patching_finding(tables: Mapping[str, pd.DataFrame], model: str) -> str:
+    """Where a patch carries most of the emotion, and how much the controls carry there."""
+    table, parts = here(tables, "patching", model), []
+    for (site, window), own in table.groupby(["site", "window"], sort=False):
+        if site == "residual":
+            line = own[own["task"] == CROSS].sort_values("layer")
+            reached = line[line["low"] > 0.5]["layer"]
+            parts.append(f"the stream carries half from layer {reached.min() if len(reached) else 'none'} on")
+            continue
+        most = own[own["task"] == CROSS].sort_values("value").iloc[-1]
+        others = own[(own["layer"] == most["layer"]) & (own["task"] != CROSS)]
+        controls = ", ".join(f"{r['task']} {_range(r)}" for r in others.to_dict("records"))
+        parts.append(f"{site}, {window} layers: {_range(most)} at layer {most['layer']} ({controls})")
+    return f"**{model}**, share of the clean difference: {'; '.join(parts)}."
+
+
+def examples_note(tables: Mapping[str, pd.DataFrame], model: str) -> str:
+    """One feature and one text per emotion, in words."""
+    lines = []
+    for row in here(tables, "examples", model).itertuples():
+        turned = f"the answer stays {row.answer}" if row.answer == row.answer_after else "the answer changes from "
+        turned += "" if row.answer == row.answer_after else f"{row.answer} to {row.answer_after}"
+        lines.append(
+            f"- **{row.emotion}**, feature L{row.layer}/{row.feature} of the {row.kind}, active at "
+            f"{row.activation:.1f} on: *{row.text}* Without it the lead of {row.emotion} goes from "
+            f"{row.before:+.2f} to {row.after:+.2f} nats; {turned}."
+        )
+    return f"**{model}**\n\n" + ("\n".join(lines) or "No set has a feature.")
+
+
+def claim_finding(tables: Mapping[str, pd.DataFrame], model: str) -> str:
+    """The verdicts on C3 and C4, on the emotion sets and beside them on the label sets."""
+    table, lines = here(tables, "claims", model), []
+    for claim in ("C3", "C4"):
+        for kind in (EMOTION, LABEL):
+            own = table[(table["claim"] == claim) & (table["kind"] == kind)]
+            whole = own[own["part"] == ""]
+            if whole.empty:
+                continue
+            parts = "; ".join(f"{r.part}: {r.verdict}" for r in own[own["part"] != ""].itertuples())
+            beside = "" if kind == EMOTION else " (beside, not the verdict)"
+            lines.append(f"**{claim}, {model}, {kind}s{beside}: {whole['verdict'].iloc[0]}.** {parts}.")
+    return "\n\n".join(lines)
+
+
+def claim_view(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Every part of the tests on the emotion sets, to read: effect with interval and unit, and verdict, by model."""
+    own = tables["claims"][(tables["claims"]["kind"] == EMOTION) & (tables["claims"]["part"] != "")]
+    ends = own[["effect", "low", "high"]].astype(float).rename(columns={"effect": "value"}).to_dict("records")
+    cells = [f"{_range(r)} {unit}: {v}" for r, unit, v in zip(ends, own["unit"], own["verdict"], strict=True)]
+    shown = own.assign(cell=cells).pivot_table(
+        index=["claim", "part"], columns=["dataset", "model"], values="cell", aggfunc="first", sort=False
+    )
+    return shown.fillna("")

@@ -5,8 +5,9 @@ causal sets are made of that for each emotion (both ours):
 
 - the *label set*: features whose removal lowers the emotion's label on its own texts more than removing the same
   amount along the direction of another feature of the layer does. It may hold features that carry the word alone;
-- the *emotion set*: features whose removal lowers the label on the emotion's own texts, and more so there than on
-  texts of other emotions, beyond permutations of the emotions within topics. Claims about emotion rest on it.
+- the *emotion set*: features whose removal lowers the label on the emotion's own texts more than on texts of other
+  emotions, beyond permutations of the emotions within topics, and by more than it raises the label elsewhere. Claims
+  about emotion rest on it.
 
 Sets are selected on discovery texts; everything said of them is measured on held-out texts, whole topics resampled.
 
@@ -230,8 +231,10 @@ def select_layer(
         p_label_FE[here_F, k] = lower_p(unit_FE[here_F, k], null_N)
     if tested_F.any():
         p_FE = contrast_p(found.margin_PFE[:, tested_F], y_P, y_PR)
-        # The removal must lower the label at all, not only raise it less.
-        p_emotion_FE[tested_F] = np.where(own_FE[tested_F] < 0, p_FE, 1.0)
+        # A feature that lowers a rival on the rival's texts raises this label there, and so has a contrast without
+        # driving anything here: what is lost on own texts must exceed what is gained elsewhere.
+        lost_TE = own_FE[tested_F] < np.minimum(0.0, -elsewhere_FE[tested_F])
+        p_emotion_FE[tested_F] = np.where(lost_TE, p_FE, 1.0)
     n, columns = len(labels), {"p_label": p_label_FE, "p_emotion": p_emotion_FE, "per_unit": unit_FE}
     columns |= {"effect": own_FE, "elsewhere": elsewhere_FE, "contrast": own_FE - elsewhere_FE}
     columns |= {"size": size_FE, "frequency": frequency_FE}
