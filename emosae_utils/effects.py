@@ -44,6 +44,8 @@ PHASE_NAMES: tuple[str, ...] = ("early", "middle", "late")
 ALL_ROWS, CORRECT = "all", "correct only"
 # A partner of a feature is drawn from this many of the nearest.
 NEAREST = 5
+# Random counterparts of the top features, whose curves are many.
+TOP_DRAWS = 2
 # Bootstrap draws and permutations of measures that need every feature at once.
 FEW_DRAWS, FEW_SHUFFLES = 200, 20
 
@@ -538,7 +540,8 @@ def make_jobs(table: pd.DataFrame, phases: Sequence[int], labels: Sequence[str],
         members = members.assign(rank=np.arange(len(members)))
         pool = table[table["emotion"] == emotion]
         size = pool.set_index(["layer", "feature"])["size"]
-        drawn = matched(members[["layer", "feature"]], pool, settings.draws, settings.seed + i)
+        n = settings.draws if kind in KINDS else min(settings.draws, TOP_DRAWS)
+        drawn = matched(members[["layer", "feature"]], pool, n, settings.seed + i)
         for draw, chosen in enumerate([members, *drawn], start=-1):
             parts = {f"top {k}": chosen[chosen["rank"] < k] for k in settings.top}
             if kind in KINDS:

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
-from emosae_utils import causal, difficulty, effects, plots, tracing
+from emosae_utils import causal, difficulty, effects, features, plots, tracing
 from emosae_utils.data import EMOTIONS
 from emosae_utils.effects import CONTRAST, EFFECT, EMOTION, LABEL, WHOLE, Job, Settings
 from emosae_utils.features import NOT_SUPPORTED, SUPPORTED, UNDECIDED
@@ -139,7 +139,7 @@ def test_tails_beyond_the_resolution_are_calibrated() -> None:
         assert 0.4 * level < (p <= level).mean() < 2.0 * level
     assert (p <= 1e-5).mean() < 3e-4
     y_P, topic_P = np.repeat(np.arange(6), 36), np.tile(np.arange(12), 18)
-    y_PR, fresh_PR = (effects.permuted_labels(y_P, topic_P, n, seed) for n, seed in ((300, 1), (200, 2)))
+    y_PR, fresh_PR = (features.permuted_labels(y_P, topic_P, n, seed) for n, seed in ((300, 1), (200, 2)))
     margin_PFE = ((rng.random((216, 60)) < 0.3) * rng.gamma(1.0, 1.0, (216, 60)))[:, :, None].repeat(6, axis=2)
     p = np.array([effects.contrast_p(margin_PFE, fresh_PR[:, r], y_PR) for r in range(40)])
     for level in (1e-2, 1e-3):
@@ -221,7 +221,7 @@ def planted_joint(strength: Mapping[str, float], *, spill: float = 0.0, seed: in
         for own in EMOTIONS:
             for draw in (-1, 0, 1):
                 jobs.append({"kind": kind, "emotion": own, "part": WHOLE, "draw": draw, "removed": 1.0, "features": 9})
-                change_PE: Array = rng.standard_normal(held.clean_PE.shape) * 0.05
+                change_PE: Array = np.asarray(rng.standard_normal(held.clean_PE.shape)) * 0.05
                 if draw < 0:
                     k = EMOTIONS.index(own)
                     change_PE[held.y_P == k, k] -= strength[own]
@@ -267,10 +267,9 @@ def test_the_claims_follow_what_is_planted() -> None:
     assert verdict["C3", ""] != SUPPORTED and verdict["C4", ""] != SUPPORTED
     assert verdict["C4", "surprise concentrated"] in (UNDECIDED, NOT_SUPPORTED)
     swapped = number | {"disgust": 5.0, "surprise": 95.0}
-    verdict = {
-        r["part"]: r["verdict"] for r in causal.claim_records(joint, planted_numbers(swapped)) if r["claim"] == "C4"
-    }
-    assert verdict["disgust diffuse"] == verdict["surprise concentrated"] == verdict[""] == NOT_SUPPORTED
+    records = causal.claim_records(joint, planted_numbers(swapped))
+    by_name = {r["part"]: r["verdict"] for r in records if r["claim"] == "C4"}
+    assert by_name["disgust diffuse"] == by_name["surprise concentrated"] == by_name[""] == NOT_SUPPORTED
 
 
 def test_an_empty_set_is_said_and_counts_against_the_claim() -> None:
