@@ -194,12 +194,14 @@ def claim_records(joint: Joint, numbers: Mapping[tuple[str, str], Array], kind: 
 
     parts = []
 
-    def judge(part: str, draws_R: Array, unit: str, test: str) -> None:
-        """A part whose draws should be below zero once turned that way; the record keeps the effect as it is."""
+    def judge(part: str, draws_R: Array, unit: str, test: str, needs: Sequence[str] = ()) -> None:
+        """Judge a part on the side of zero that `test` names; undecided if a set that it `needs` is empty."""
         sign = 1 if test.endswith("below zero") else -1
-        verdict = _below(sign * draws_R)[1] if np.isfinite(draws_R[0]) else UNDECIDED
+        found, verdict = summary(draws_R), _below(sign * draws_R)[1]
+        if not all(size[e] for e in needs):
+            found, verdict, test = nothing, UNDECIDED, f"{test} (not tested: an empty set)"
         parts.append(verdict)
-        add("C4", part, summary(draws_R), unit, test, verdict)
+        add("C4", part, found, unit, test, verdict)
 
     rest = {e: [numbers[measure, o] for o in labels if o != e] for e in labels}
     if DIFFUSE in labels:
@@ -210,9 +212,10 @@ def claim_records(joint: Joint, numbers: Mapping[tuple[str, str], Array], kind: 
     if {DIFFUSE, RIVAL} <= set(labels):
         shared_R = joint.measured(kind, DIFFUSE, WHOLE, RIVAL)["difference"]
         test = "the set of disgust on texts of anger, less random sets: below zero"
-        judge("disgust shared with anger", shared_R, "nats", test)
+        judge("disgust shared with anger", shared_R, "nats", test, [DIFFUSE])
         test = "how far removing anger's set frees disgust on its texts, less the reverse: above zero"
-        judge("disgust overshadowed", overshadowing(joint, kind, DIFFUSE, RIVAL), "nats", test)
+        gap_R = overshadowing(joint, kind, DIFFUSE, RIVAL)
+        judge("disgust overshadowed", gap_R, "nats", test, [DIFFUSE, RIVAL])
     for e in (e for e in CONCENTRATED if e in labels):
         gap_R = numbers[measure, e] - np.mean(rest[e], axis=0)
         judge(f"{e} concentrated", gap_R, "features", f"effective number of {e} less that of the others: below zero")
@@ -316,58 +319,67 @@ def examples(table: pd.DataFrame, found: Effects, held: Held) -> pd.DataFrame:
     return pd.DataFrame(records)
 
 
+def _part(found: Effects, index: Array, features: Mapping[int, Array] | None = None) -> Effects:
+    """The effects on some prompts, renumbered, and of some features by layer."""
+    place_P = np.full(len(found.clean_PE), -1)
+    place_P[index] = np.arange(len(index))
+    kept = place_P[found.prompt_N] >= 0
+    if features is not None:
+        wanted = pd.MultiIndex.from_tuples([(layer, f) for layer, fs in features.items() for f in fs])
+        kept &= pd.MultiIndex.from_arrays([found.layer_N, found.feature_N]).isin(wanted)
+    columns = {name: getattr(found, name)[kept] for name in ("layer_N", "feature_N", "activation_N", "scores_NE")}
+    return replace(found, prompt_N=place_P[found.prompt_N[kept]], clean_PE=found.clean_PE[index], **columns)
+
+
 def _operations(
     lm: LM,
     dictionaries: Mapping[int, Dictionary],
     prompts: scoring.Prompts,
     table: pd.DataFrame,
     found: Effects,
+    put: Mapping[str, Mapping[int, Array]],
     held: Held,
     settings: Settings,
 ) -> pd.DataFrame:
-    """Compare zero, mean and resample ablation on a few held-out texts, of members and the top features."""
-    few = _few(held.rows, settings.operation_rows_per_emotion, settings.seed).index
+    """Compare zero ablation with what `put` names, on a few held-out texts, for members and the top features.
+
+    `put` has by operation and layer what is put in place: "mean" [features], "resample" [held-out prompts, features].
+    """
+    few = _few(held.rows, settings.operation_rows_per_emotion, settings.seed).index.to_numpy()
     ranked = table.groupby("emotion")[EFFECT].rank() <= settings.operation_top
-    table = table.assign(top=ranked)
     wanted_X = ranked | table["in_label"] | table["in_emotion"]
     chosen = effects.by_layer(table.loc[wanted_X, ["layer", "feature"]].drop_duplicates())
-    part, y_P = _texts(prompts, few), held.y_P[few]
-    wanted = pd.MultiIndex.from_tuples([(layer, f) for layer, fs in chosen.items() for f in fs])
-    kept = np.isin(found.prompt_N, few)
-    kept &= pd.MultiIndex.from_arrays([found.layer_N, found.feature_N]).isin(wanted)
-    place_P = np.full(len(prompts), -1)
-    place_P[few] = np.arange(len(few))
-    by_name = {
-        "zero": replace(
-            found,
-            prompt_N=place_P[found.prompt_N[kept]],
-            layer_N=found.layer_N[kept],
-            feature_N=found.feature_N[kept],
-            activation_N=found.activation_N[kept],
-            scores_NE=found.scores_NE[kept],
-            clean_PE=found.clean_PE[few],
-        )
-    }
-    options: dict[str, Any] = {"features": chosen, "seed": settings.seed}
-    for name in ("mean", "resample"):
+    by_name = {"zero": _part(found, few, chosen)}
+    for name, values in put.items():
+        here = {layer: x if name == "mean" else x[few] for layer, x in values.items()}
         by_name[name] = tracing.ablate_features(
-            lm, part, dictionaries, operation=name, progress=f"{lm.name}: {name} ablation", **options
+            lm,
+            _texts(prompts, few),
+            dictionaries,
+            operation="mean" if name == "mean" else "resample",
+            values=here,
+            features={layer: members.tolist() for layer, members in chosen.items()},
+            progress=f"{lm.name}: {name} ablation",
         )
-    return effects.operation_table(by_name, table, y_P)
+    return effects.operation_table(by_name, table.assign(top=ranked), held.y_P[few])
 
 
 def _ladder(
-    lm: LM, dictionaries: Mapping[int, Dictionary], prompts: scoring.Prompts, held: Held, settings: Settings
+    lm: LM,
+    dictionaries: Mapping[int, Dictionary],
+    prompts: scoring.Prompts,
+    found: Effects,
+    held: Held,
+    settings: Settings,
 ) -> pd.DataFrame:
     """Agreement of the estimates with exact effects on a few texts: method, by, n, spearman, overlap, slope."""
-    few = _few(held.rows, settings.ladder_rows_per_emotion, settings.seed).index
-    part, y_P, parts = _texts(prompts, few), held.y_P[few], []
-    exact = tracing.ablate_features(lm, part, dictionaries)
+    few = _few(held.rows, settings.ladder_rows_per_emotion, settings.seed).index.to_numpy()
+    exact, part, parts = _part(found, few), _texts(prompts, few), []
     for estimate in (tracing.attribution, tracing.integrated_gradients):
         guess = estimate(lm, part, dictionaries, progress=f"{lm.name}: {estimate.__name__}")
         for by in ("prompt", "layer"):
-            found = tracing.agreement(exact, guess, gold_P=y_P, by=by)
-            parts.append(found.rename(columns={by: "index"}).assign(by=by, method=guess.method))
+            agreed = tracing.agreement(exact, guess, gold_P=held.y_P[few], by="prompt" if by == "prompt" else "layer")
+            parts.append(agreed.rename(columns={by: "index"}).assign(by=by, method=guess.method))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -414,6 +426,8 @@ def with_model(
     fitted = read_codes(lm, fit, dictionaries, rows.fit)
     means = {layer: fitted.dense(layer).mean(axis=0) for layer in dictionaries}
     kept = effects.run_jobs(lm, measure, dictionaries, whole, held, means=means, progress=f"{lm.name}: only the set")
+    donors_P = np.roll(np.random.default_rng(settings.seed).permutation(len(codes)), 1)
+    put = {"mean": means, "resample": {layer: codes.dense(layer)[donors_P] for layer in dictionaries}}
     spread, numbers = effects.concentration(table, single, held, settings)
     claims = [r | {"kind": k} for k in KINDS for r in claim_records(joint, numbers, k)]
     patched, pairs = patching(lm, rows.measure, neutral, labels, settings)
@@ -434,8 +448,8 @@ def with_model(
         "everything": effects.everything_table(joint),
         "concentration": spread,
         "layers": effects.layer_table(table),
-        "operations": _operations(lm, dictionaries, measure, table, single, held, settings),
-        "ladder": _ladder(lm, dictionaries, measure, held, settings),
+        "operations": _operations(lm, dictionaries, measure, table, single, put, held, settings),
+        "ladder": _ladder(lm, dictionaries, measure, single, held, settings),
         "patching": patched,
         "pairs": pairs,
         "noise": pd.DataFrame([asdict(noise) | {"said": str(noise)}]),
@@ -623,7 +637,10 @@ def recovery_finding(tables: Mapping[str, pd.DataFrame], model: str) -> str:
         parts = []
         for emotion, line in table[table["kind"] == order].groupby("emotion", sort=False):
             most = line.loc[line["value"].idxmin()]
-            half = line[line["value"] <= most["value"] / 2].iloc[0] if most["value"] < 0 else most
+            if most["value"] >= 0:
+                parts.append(f"{emotion} never below zero")
+                continue
+            half = line[line["value"] <= most["value"] / 2].iloc[0]
             parts.append(f"{emotion} {_range(most)} with {most['features']}, half of it with {half['features']}")
         lines.append(f"ranked by {order}: {'; '.join(parts)}")
     whole = here(tables, "everything", model).to_dict("records")
@@ -702,7 +719,8 @@ def patching_finding(tables: Mapping[str, pd.DataFrame], model: str) -> str:
         most = own[own["task"] == CROSS].sort_values("value").iloc[-1]
         others = own[(own["layer"] == most["layer"]) & (own["task"] != CROSS)]
         controls = ", ".join(f"{r['task']} {_range(r)}" for r in others.to_dict("records"))
-        parts.append(f"{site}, {window} layers: {_range(most)} at layer {most['layer']} ({controls})")
+        width = "single layers" if window == 1 else f"{window} layers"
+        parts.append(f"{site}, {width}: {_range(most)} at layer {most['layer']} ({controls})")
     return f"**{model}**, share of the clean difference: {'; '.join(parts)}."
 
 

@@ -28,7 +28,6 @@ from scipy.stats import t as student
 from emosae_utils import difficulty, features, scoring, stats, tracing
 from emosae_utils.features import SAME, false_discovery, permuted_labels
 from emosae_utils.files import EmosaeError
-from emosae_utils.flow import recentred
 from emosae_utils.models import LM
 from emosae_utils.saes import Dictionary
 from emosae_utils.tracing import Effects
@@ -182,6 +181,16 @@ def contrast_p(margin_PFE: Array, y_P: Array, y_PR: Array) -> Array:
     return p_FE
 
 
+def drives(own_X: Array, elsewhere_X: Array) -> Array:
+    """Whether the label loses on its own texts, and more than it gains elsewhere.
+
+    A feature that lowers a rival on the rival's texts raises this label there, and so has a contrast without driving
+    anything here.
+    """
+    loses_X: Array = own_X < np.minimum(0.0, -elsewhere_X)
+    return loses_X
+
+
 def other_directions(dictionary: Dictionary, seed: int) -> Array:
     """For each feature the decoder row of another, drawn once, at the feature's own length, [features, d_model]."""
     w_FD = dictionary.sae.W_dec.detach().float().cpu().numpy()
@@ -233,10 +242,7 @@ def select_layer(
         p_label_FE[here_F, k] = lower_p(unit_FE[here_F, k], null_N)
     if tested_F.any():
         p_FE = contrast_p(found.margin_PFE[:, tested_F], y_P, y_PR)
-        # A feature that lowers a rival on the rival's texts raises this label there, and so has a contrast without
-        # driving anything here: what is lost on own texts must exceed what is gained elsewhere.
-        lost_TE = own_FE[tested_F] < np.minimum(0.0, -elsewhere_FE[tested_F])
-        p_emotion_FE[tested_F] = np.where(lost_TE, p_FE, 1.0)
+        p_emotion_FE[tested_F] = np.where(drives(own_FE, elsewhere_FE)[tested_F], p_FE, 1.0)
     n, columns = len(labels), {"p_label": p_label_FE, "p_emotion": p_emotion_FE, "per_unit": unit_FE}
     columns |= {"effect": own_FE, "elsewhere": elsewhere_FE, "contrast": own_FE - elsewhere_FE}
     columns |= {"size": size_FE, "frequency": frequency_FE}
@@ -402,11 +408,19 @@ def crossed_weights(discovery_XF: Array, held_XF: Array) -> Array:
     return weights
 
 
+def _weighted(weights_XP: Array, values_PF: Array) -> Array:
+    """Weighted means over prompts, [X, features]; NaN where no prompt has weight."""
+    total_X1 = weights_XP.sum(axis=1, keepdims=True)
+    means_XF: Array = weights_XP @ values_PF / np.where(total_X1 > 0, total_X1, np.nan)
+    return means_XF
+
+
 def concentration(table: pd.DataFrame, found: Effects, held: Held, settings: Settings) -> tuple[pd.DataFrame, Any]:
     """Gini coefficient and effective number of features per emotion, and the draws of the latter.
 
-    Over all features active on any discovery text, with `crossed_weights`, the same number of texts for each emotion.
-    A resample of topics adds noise, so draws are moved to have their mean at the value.
+    Over all features active on any discovery text, with `crossed_weights`, the same number of texts for each emotion;
+    by contrast only those that drive the emotion in discovery have weight (see `drives`). A resample of topics adds
+    noise, so draws are moved to have their mean at the value.
 
     Returns:
         Columns measure (effect, contrast), emotion, quantity, value, low, high, and null: the mean over permutations of
@@ -418,14 +432,16 @@ def concentration(table: pd.DataFrame, found: Effects, held: Held, settings: Set
     kept: dict[tuple[str, str, int], list[Array]] = {}
     for layer, here in table.groupby("layer"):
         effects = layer_effects(found, int(layer))
-        wide = here.set_index(["feature", "emotion"])[[EFFECT, CONTRAST]].unstack()  # noqa: PD010
+        pushes = drives(here["effect"].to_numpy(), here["elsewhere"].to_numpy())
+        signs = {EFFECT: np.sign(here["effect"]), CONTRAST: np.sign(here["contrast"]) * pushes}
+        wide = pd.DataFrame(signs).set_index([here["feature"], here["emotion"]]).unstack()  # noqa: PD010
         column_F, known_F = np.searchsorted(effects.features_F, wide.index), wide.index.isin(effects.features_F)
         for k, emotion in enumerate(held.labels):
             x_PF = effects.margin_PFE[:, column_F[known_F], k].astype(float)
             for which, y_PX in ((0, held.y_P[:, None]), (1, y_PS)):
                 own_PX = (y_PX == k).astype(float)
                 weights = (w_RP * own_PX.T, w_RP * (1 - own_PX.T)) if not which else (own_PX.T, 1 - own_PX.T)
-                own_XF, rest_XF = (w @ x_PF / np.maximum(w.sum(axis=1, keepdims=True), SAME) for w in weights)
+                own_XF, rest_XF = (_weighted(w, x_PF) for w in weights)
                 for measure, values_XF in ((EFFECT, own_XF), (CONTRAST, own_XF - rest_XF)):
                     sign_F = wide[measure, emotion].to_numpy()[known_F]
                     crossed = crossed_weights(sign_F, values_XF)
@@ -439,7 +455,7 @@ def concentration(table: pd.DataFrame, found: Effects, held: Held, settings: Set
             real_RF, null_SF = (np.concatenate(kept[measure, emotion, which], axis=1) for which in (0, 1))
             for quantity, of in (("gini", gini), ("effective number", effective_number)):
                 raw_R = of(real_RF).astype(float)
-                draws_R = np.concatenate([raw_R[:1], recentred(raw_R[0], raw_R[1:])])
+                draws_R = np.concatenate([raw_R[:1], raw_R[1:] - np.nanmean(raw_R[1:]) + raw_R[0]])
                 if quantity == "effective number":
                     numbers[measure, emotion] = draws_R
                 key = {"measure": measure, "emotion": emotion, "quantity": quantity}
@@ -534,7 +550,8 @@ def make_jobs(table: pd.DataFrame, phases: Sequence[int], labels: Sequence[str],
     lists = dict(causal_sets(table, labels))
     for order in (EFFECT, CONTRAST):
         for emotion in labels:
-            own = table[(table["emotion"] == emotion) & (table[order] < 0)]
+            pushes = (table["effect"] < 0) if order == EFFECT else drives(table["effect"], table["elsewhere"])
+            own = table[(table["emotion"] == emotion) & pushes]
             lists[order, emotion] = own.sort_values(order).head(max(settings.top))[["layer", "feature"]]
     for i, ((kind, emotion), members) in enumerate(lists.items()):
         members = members.assign(rank=np.arange(len(members)))

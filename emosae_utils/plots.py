@@ -928,14 +928,13 @@ def tracing_layers(tables: Tables, models: Sequence[str]) -> Figure:
 
 def tracing_concentration(tables: Tables, models: Sequence[str]) -> Figure:
     """Effective number of features and Gini coefficient of each emotion; grey ticks: the same with dealt emotions."""
-    shown = ((EFFECT, "by effect"), (CONTRAST, "by contrast"))
     quantities = (("effective number", "effective number of features"), ("gini", "Gini coefficient"))
     figure, grid = plt.subplots(2, len(models), figsize=(4.9 * len(models), 5.2), sharey=True, squeeze=False)
     for column, model in enumerate(models):
         table = here(tables, "concentration", model)
         emotions = _emotions(table)
         for ax, (quantity, title) in zip(grid[:, column], quantities, strict=True):
-            for shift, (measure, label) in zip((-0.18, 0.18), shown, strict=True):
+            for shift, measure in ((-0.18, EFFECT), (0.18, CONTRAST)):
                 own = table[(table["measure"] == measure) & (table["quantity"] == quantity)].set_index("emotion")
                 for i, emotion in enumerate(emotions):
                     row = own.loc[emotion]
@@ -944,13 +943,14 @@ def tracing_concentration(tables: Tables, models: Sequence[str]) -> Figure:
                     style |= {"mfc": COLOURS[emotion] if measure == EFFECT else "white", "elinewidth": 1.3}
                     ax.errorbar([row["value"]], [i + shift], xerr=np.maximum(ends, 0), **style)
                     ax.plot([row["null"]], [i + shift], ls="", marker="|", ms=9, color="#777777")
-                    ax.annotate(label.split()[1], (0.995, i + shift), xycoords=("axes fraction", "data"), ha="right",
-                                va="center", fontsize=6, color="#777777")  # fmt: skip
             ax.set_yticks(range(len(emotions)), emotions)
             ax.set_xlabel(title)
         grid[0][column].set_xscale("log")
-        grid[0][column].invert_yaxis()
         grid[0][column].set_title(model)
+    grid[0][0].set_ylim(len(emotions) - 0.4, -0.6)
+    for name, face in (("by effect", "#444444"), ("by contrast", "white")):
+        grid[1][0].plot([], [], ls="", marker="o", mec="#444444", mfc=face, label=name)
+    grid[1][0].legend(fontsize=8, loc="best")
     return figure
 
 
@@ -1000,7 +1000,7 @@ def tracing_patching(tables: Tables, models: Sequence[str]) -> Figure:
                     if window == widest:
                         ax.fill_between(line["layer"], line["low"], line["high"], color=colour, alpha=0.15, lw=0)
             ax.axhline(0, color="#444444", lw=0.8)
-            ax.set_title(f"{model} · {site}", fontsize=10)
+            ax.set_title(f"{model} · {'FFN' if site == 'ffn' else site}", fontsize=10)
             ax.set_xlabel("layer")
             ax.xaxis.get_major_locator().set_params(integer=True)
         axes[0].set_ylabel("share of the difference carried")
