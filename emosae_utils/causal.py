@@ -170,7 +170,7 @@ def claim_records(joint: Joint, numbers: Mapping[tuple[str, str], Array], kind: 
 
     nothing = {"value": np.nan, "low": np.nan, "high": np.nan}
     strength = {e: joint.measured(kind, e, WHOLE, e)["difference"] for e in labels}
-    size = {e: int(joint.jobs["features"].iloc[joint.at(kind, e, WHOLE)[0]]) for e in labels}
+    size = {e: joint.size(kind, e) for e in labels}
     verdicts = []
     for e in labels:
         found, verdict = _below(strength[e]) if size[e] else (nothing, NOT_SUPPORTED)
@@ -652,19 +652,16 @@ def named_tests(tables: Mapping[str, pd.DataFrame], model: str) -> str:
     """Disgust and anger in both directions, and surprise against all."""
     matrix = here(tables, "matrix", model).set_index(["kind", "set", "text"])
     labels, lines = list(dict.fromkeys(here(tables, "matrix", model)["text"])), []
+    surprise = CONCENTRATED[0]
+    pairs = [(DIFFUSE, RIVAL), (RIVAL, DIFFUSE)]
+    pairs += [pair for e in labels if e != surprise for pair in ((surprise, e), (e, surprise))]
     for kind in KINDS:
         parts = [
             f"Δ({a}→{b}) {_range(matrix.loc[(kind, a, b)], 'difference_')}"
-            for a, b in ((DIFFUSE, RIVAL), (RIVAL, DIFFUSE))
-            if {a, b} <= set(labels)
+            for a, b in pairs
+            if {a, b} <= set(labels) and matrix.loc[(kind, a, b), "features"] > 0
         ]
-        parts += [
-            f"Δ({a}→{b}) {_range(matrix.loc[(kind, a, b)], 'difference_')}"
-            for e in labels
-            if CONCENTRATED[0] in labels and e != CONCENTRATED[0]
-            for a, b in ((CONCENTRATED[0], e), (e, CONCENTRATED[0]))
-        ]
-        lines.append(f"{kind}s: {', '.join(parts)}")
+        lines.append(f"{kind}s: {', '.join(parts) or 'all empty'}")
     return f"**{model}**, less random sets, nats. {'. '.join(lines)}."
 
 
@@ -685,12 +682,12 @@ def sufficiency_finding(tables: Mapping[str, pd.DataFrame], model: str) -> str:
     """How much of the gold logit difference comes back with a set alone."""
     table, lines = here(tables, "sufficiency", model), []
     for kind in KINDS:
-        own = table[table["kind"] == kind].to_dict("records")
+        own = table[(table["kind"] == kind) & (table["features"] > 0)].to_dict("records")
         said = "; ".join(
             f"{r['emotion']} {_range(r)} (random {_range(r, 'random_')}, the whole model {r['clean']:+.2f})"
             for r in own
         )
-        lines.append(f"{kind}s: {said}")
+        lines.append(f"{kind}s: {said or 'all empty'}")
     return f"**{model}**, gain over all features at their mean, nats. {'. '.join(lines)}."
 
 

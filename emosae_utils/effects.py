@@ -589,6 +589,10 @@ class Joint:
         same = (self.jobs["kind"] == kind) & (self.jobs["emotion"] == emotion) & (self.jobs["part"] == part)
         return int(np.flatnonzero(same & (self.jobs["draw"] < 0))[0]), np.flatnonzero(same & (self.jobs["draw"] >= 0))
 
+    def size(self, kind: str, emotion: str, part: str = WHOLE) -> int:
+        """Number of features of a set."""
+        return int(self.jobs["features"].iloc[self.at(kind, emotion, part)[0]])
+
     def changes(self, jobs: Sequence[int] | Array, label: str) -> Array:
         """Mean over jobs of the change of a label's score less the mean of the others', [P], nats."""
         if not len(jobs):
@@ -695,7 +699,7 @@ def part_table(joint: Joint, kinds: Sequence[str], parts: Sequence[str]) -> pd.D
     for kind in kinds:
         for emotion in joint.held.labels:
             for part in parts:
-                size = int(joint.jobs["features"].iloc[joint.at(kind, emotion, part)[0]])
+                size = joint.size(kind, emotion, part)
                 draws = joint.measured(kind, emotion, part, emotion)
                 key = {"kind": kind, "emotion": emotion, "part": part, "features": size}
                 records.append(key | _flat(draws) | {"flips": float(draws["flips"][0])})
@@ -703,11 +707,15 @@ def part_table(joint: Joint, kinds: Sequence[str], parts: Sequence[str]) -> pd.D
 
 
 def matrix_table(joint: Joint) -> pd.DataFrame:
-    """Ablate the set of one emotion, measure the gold logit difference on texts of each: kind, set, text, value, ..."""
+    """Ablate the set of one emotion, measure the gold logit difference on texts of each.
+
+    Columns: kind, set, text, features (of the set), value, low, high, random_*, difference_*.
+    """
     labels = joint.held.labels
     return pd.DataFrame(
         [
-            {"kind": kind, "set": own, "text": text} | _flat(joint.measured(kind, own, WHOLE, text))
+            {"kind": kind, "set": own, "text": text, "features": joint.size(kind, own)}
+            | _flat(joint.measured(kind, own, WHOLE, text))
             for kind in KINDS
             for own in labels
             for text in labels
@@ -718,7 +726,8 @@ def matrix_table(joint: Joint) -> pd.DataFrame:
 def keep_table(kept: Joint) -> pd.DataFrame:
     """What is left when all but a set is at its mean, on own texts.
 
-    Columns: kind, emotion, value, low, high: gold logit difference with the set free, less that with nothing free;
+    Columns: kind, emotion, features (of the set); value, low, high: gold logit difference with the set free, less that
+    with nothing free;
     random_* the same for random sets, difference_*; clean: the unedited one less that with nothing free.
     """
     held, records = kept.held, []
@@ -731,7 +740,8 @@ def keep_table(kept: Joint) -> pd.DataFrame:
             effect_R, random_R = (held.mean(kept.changes(j, emotion) - floor_P, keep_P) for j in ([own], drawn))
             draws = {"effect": effect_R, "random": random_R, "difference": effect_R - random_R}
             clean = float(held.mean(-floor_P, keep_P)[0])
-            records.append({"kind": kind, "emotion": emotion} | _flat(draws) | {"clean": clean})
+            key = {"kind": kind, "emotion": emotion, "features": kept.size(kind, emotion)}
+            records.append(key | _flat(draws) | {"clean": clean})
     return pd.DataFrame(records)
 
 

@@ -868,7 +868,7 @@ def tracing_matrix(tables: Tables, models: Sequence[str]) -> Figure:
     for axes, model in zip(grid, models, strict=True):
         table = here(tables, "matrix", model)
         for ax, kind in zip(axes, KINDS, strict=True):
-            own, emotions = table[table["kind"] == kind], _emotions(table, "text")
+            own, emotions = table[(table["kind"] == kind) & (table["features"] > 0)], _emotions(table, "text")
             square = own.pivot_table(index="set", columns="text", values="difference_value")
             square = square.reindex(index=emotions, columns=emotions)
             bound = max(0.05, float(np.abs(np.nan_to_num(square.to_numpy())).max()))
@@ -968,6 +968,8 @@ def tracing_sufficiency(tables: Tables, models: Sequence[str]) -> Figure:
                 row = own.loc[[emotion]]
                 style: dict[str, Any] = {"color": COLOURS[emotion], "fmt": MARKERS[emotion], "ms": 6, "elinewidth": 1.4}
                 ax.hlines(row["clean"], i - 0.35, i + 0.35, color="#444444", lw=1.4)
+                if not row["features"].iloc[0]:
+                    continue
                 _bars(ax, [i - 0.12], row, **style)
                 drawn = row.filter(like="random_").rename(columns=lambda c: c.removeprefix("random_"))
                 _bars(ax, [i + 0.12], drawn, **style, mfc="white", alpha=0.8)
