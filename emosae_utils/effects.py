@@ -727,8 +727,8 @@ def keep_table(kept: Joint) -> pd.DataFrame:
     """What is left when all but a set is at its mean, on own texts.
 
     Columns: kind, emotion, features (of the set); value, low, high: gold logit difference with the set free, less that
-    with nothing free;
-    random_* the same for random sets, difference_*; clean: the unedited one less that with nothing free.
+    with nothing free; random_* the same for random sets, difference_*; clean: the unedited one less that with nothing
+    free.
     """
     held, records = kept.held, []
     nothing = kept.at(EVERYTHING, "", WHOLE)[0]
