@@ -898,11 +898,15 @@ def tracing_phases(tables: Tables, models: Sequence[str]) -> Figure:
                     _bars(ax, x[some], line[some], label=emotion, **style)
             ax.axhline(0, color="#444444", lw=0.8)
             ax.set_xticks(range(len(PHASE_NAMES)), PHASE_NAMES)
+            ax.set_xlim(-0.5, len(PHASE_NAMES) - 0.5)
             ax.set_title(f"{model} · {kind}s", fontsize=10)
             if column == 0:
                 ax.set_ylabel("change less random\nsets (nats)")
-    handles, names = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(COLOURS), frameon=False, fontsize=9)
+    # An emotion may have members in one panel only.
+    found = {n: h for ax in grid.ravel() for h, n in zip(*ax.get_legend_handles_labels(), strict=True)}
+    if found:
+        style = {"loc": "outside lower center", "ncols": len(found), "frameon": False, "fontsize": 9}
+        figure.legend(list(found.values()), list(found), **style)
     return figure
 
 
@@ -950,7 +954,8 @@ def tracing_concentration(tables: Tables, models: Sequence[str]) -> Figure:
     grid[0][0].set_ylim(len(emotions) - 0.4, -0.6)
     for name, face in (("by effect", "#444444"), ("by contrast", "white")):
         grid[1][0].plot([], [], ls="", marker="o", mec="#444444", mfc=face, label=name)
-    grid[1][0].legend(fontsize=8, loc="best")
+    handles, names = grid[1][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure
 
 
