@@ -905,8 +905,8 @@ def tracing_phases(tables: Tables, models: Sequence[str]) -> Figure:
     # An emotion may have members in one panel only.
     found = {n: h for ax in grid.ravel() for h, n in zip(*ax.get_legend_handles_labels(), strict=True)}
     if found:
-        style: dict[str, Any] = {"loc": "outside lower center", "ncols": len(found), "frameon": False, "fontsize": 9}
-        figure.legend(list(found.values()), list(found), **style)
+        place: dict[str, Any] = {"loc": "outside lower center", "ncols": len(found), "frameon": False, "fontsize": 9}
+        figure.legend(list(found.values()), list(found), **place)
     return figure
 
 
