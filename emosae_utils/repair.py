@@ -56,7 +56,7 @@ class Settings:
         examples: numbers of labelled examples per emotion.
         draws: how often examples are drawn.
         main_examples: the number that claims are about.
-        baseline_examples: the numbers that the dearer baselines are learnt from.
+        baseline_examples: the numbers that the dearer baselines are learnt from; `main_examples` if empty.
         rows_per_emotion: test texts.
         template: the wording.
         n_units: units turned up or down; as many as rank-one LoRA has parameters if 0.
@@ -82,7 +82,7 @@ class Settings:
     examples: Sequence[int] = (1, 5, 20)
     draws: int = 5
     main_examples: int = 5
-    baseline_examples: Sequence[int] = (5,)
+    baseline_examples: Sequence[int] = ()
     rows_per_emotion: int = 48
     template: str = scoring.DEFAULT_TEMPLATE
     n_units: int = 0
@@ -201,7 +201,7 @@ def _clean_scores(ready: Prepared) -> Array:
 
 def _streams(ready: Prepared, layers: Sequence[int]) -> Array:
     """Residuals at the read-out, [P, L, D]."""
-    return np.stack([clean.stream_LSD[[x + 1 for x in layers], 0].numpy() for clean in ready.clean])
+    return np.stack([clean.stream_LSD[[x + 1 for x in layers], 0].cpu().numpy() for clean in ready.clean])
 
 
 def set_up(lm: LM, rows: Rows, dictionaries: Mapping[int, Dictionary], settings: Settings) -> Bench:
@@ -258,7 +258,7 @@ def active_units(dictionaries: Mapping[int, Dictionary], ready: Prepared) -> tup
     resid_PLD = _streams(ready, layers)
     at_layers, at_units, sizes = [], [], {}
     for i, layer in enumerate(layers):
-        codes_PF = dictionaries[layer].encode(_tensor(resid_PLD[:, i])).numpy()
+        codes_PF = dictionaries[layer].encode(_tensor(resid_PLD[:, i])).cpu().numpy()
         active = np.flatnonzero((codes_PF > 0).any(axis=0))
         at_layers.append(np.full(len(active), layer))
         at_units.append(active)
@@ -380,18 +380,10 @@ def _means_learner(bench: Bench, n: int, draw: int) -> Learner:
     layers = list(range(bench.lm.n_layers))
     resid_PLD = _streams(_part(bench.pool, at_P), layers)
     basis = steering.mean_difference_basis(resid_PLD, y_P, len(bench.rows.labels), layers)
-    # Read in units of the spread among the examples, so that one penalty serves every layer and model.
-    scaled = {}
-    for i, layer in enumerate(layers):
-        bank = basis[layer]
-        read_PK = bank.activations(_tensor(resid_PLD[:, i]), {})
-        assert bank.reads_KD is not None
-        spread_K1 = read_PK.std(dim=0)[:, None]
-        scaled[layer] = replace(bank, writes_KD=bank.writes_KD * spread_K1, reads_KD=bank.reads_KD / spread_K1)
-    units = steering.all_units(scaled)
-    pool = steering.tangent(_part(bench.pool, at_P), scaled, units, {})
-    free = steering.tangent(bench.free, scaled, units, {})
-    return Learner(scaled, units, pool, free, np.zeros((0, len(units))), at_P)
+    units = steering.all_units(basis)
+    pool = steering.tangent(_part(bench.pool, at_P), basis, units, {})
+    free = steering.tangent(bench.free, basis, units, {})
+    return Learner(basis, units, pool, free, np.zeros((0, len(units))), at_P)
 
 
 def _keep_others(bench: Bench, n: int, draw: int, emotion: str, prior_E: Array | float, settings: Settings) -> Array:
@@ -532,9 +524,10 @@ def measure(
     bench = set_up(lm, rows, dictionaries, settings)
     labels, learnt = rows.labels, learners(bench, settings, neutral_MU)
     made: dict[tuple[str, int, int], Steering] = {}
+    for_baselines = settings.baseline_examples or (settings.main_examples,)
     caption = f"{lm.name}: {rows.dataset}, learning gains"
     for n, draw in tqdm(bench.draws, desc=caption, disable=scoring._quiet(caption)):
-        for method in LEARNT if n in settings.baseline_examples else (GAIN,):
+        for method in LEARNT if n in for_baselines else (GAIN,):
             learner = _means_learner(bench, n, draw) if method == MEANS else learnt[method]
             made[method, n, draw] = fit_draw(bench, learner, n, draw, settings, method=method)
     main, everyone = settings.main_examples, range(settings.draws)
@@ -575,7 +568,7 @@ def measure(
     ]
     for n, draw in tqdm(bench.draws, desc=f"{lm.name}: baselines", disable=scoring._quiet("x")):
         tables.append(answers(rows.test, labels, _probe_scores(bench, n, draw, settings), PROBE, examples=n, draw=draw))
-        if n not in settings.baseline_examples:
+        if n not in for_baselines:
             continue
         test_PE, free_PE = _low_rank(bench, n, draw, settings)
         for calibrated, shift_E in ((False, 0.0), (True, free_PE.mean(axis=0))):

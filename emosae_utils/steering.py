@@ -74,7 +74,11 @@ class Bank:
         if self.read == "norm":
             return x_XD.norm(dim=1, keepdim=True).expand(-1, len(self))
         assert self.reads_KD is not None and self.centre_D is not None
-        return (x_XD - self.centre_D) @ self.reads_KD.T
+        return (x_XD - self.centre_D.to(x_XD)) @ self.reads_KD.to(x_XD).T
+
+    def moves(self, amounts_XK: torch.Tensor) -> torch.Tensor:
+        """What the units write for what they read times its change of gain, [X, D]; gradients pass through."""
+        return amounts_XK @ self.writes_KD.to(amounts_XK)
 
 
 # Banks by layer. One object is shared by all steerings that differ in their gains alone.
@@ -277,7 +281,7 @@ def steered_scores(
                 for bank, rows, less_one_RK in plan.get(layer, ()):
                     at_X = (torch.arange(len(cleans))[:, None] * n + rows).ravel()
                     acts_XK = bank.activations(rows_XSD[at_X, 0], dictionaries)
-                    moves_XD = (less_one_RK.repeat(len(cleans), 1).to(acts_XK) * acts_XK) @ bank.writes_KD
+                    moves_XD = bank.moves(less_one_RK.repeat(len(cleans), 1).to(acts_XK) * acts_XK)
                     rows_XSD[at_X, 0] += moves_XD.to(rows_XSD.dtype)
             found.append(tracer.label_scores(rows_XSD).cpu().numpy().reshape(len(cleans), n, -1))
     scores_RPE: FloatArray = np.concatenate(found).transpose(1, 0, 2)
@@ -385,7 +389,11 @@ def tangent(
     for cleans in tqdm(list(_batches(ready.clean, n)), desc=progress, disable=_quiet(progress)):
         # One row per prompt and label, each with its own copy of the gains, so that one backward pass gives all slopes.
         leaves = {
-            layer: torch.from_numpy(gains[layer] - 1).float().repeat(n * len(cleans), 1).requires_grad_()
+            layer: torch.from_numpy(gains[layer] - 1)
+            .float()
+            .to(tracer.lm.device)
+            .repeat(n * len(cleans), 1)
+            .requires_grad_()
             for layer in layers
         }
         with _grouped(tracer), torch.enable_grad():
@@ -394,14 +402,14 @@ def tangent(
                 rows_XSD = _block(tracer, layer, rows_XSD, cleans, n) if layer > layers[0] else rows_XSD
                 if layer in leaves:
                     acts_XK = basis[layer].activations(rows_XSD[:, 0], dictionaries)
-                    moved_XD = rows_XSD[:, 0] + ((leaves[layer] * acts_XK) @ basis[layer].writes_KD).to(rows_XSD.dtype)
+                    moved_XD = rows_XSD[:, 0] + basis[layer].moves(leaves[layer] * acts_XK).to(rows_XSD.dtype)
                     rows_XSD = torch.cat([moved_XD[:, None], rows_XSD[:, 1:]], dim=1)
             scores_PEE = tracer.label_scores(rows_XSD).view(len(cleans), n, n)
             own = scores_PEE.diagonal(dim1=1, dim2=2).sum()
             grads = torch.autograd.grad(own, [leaves[layer] for layer in layers])
-        scores.append(scores_PEE[:, 0].detach().numpy())
+        scores.append(scores_PEE[:, 0].detach().cpu().numpy())
         found = {
-            layer: grad_XK.view(len(cleans), n, -1)[:, :, index[layer]]
+            layer: grad_XK.view(len(cleans), n, -1).cpu()[:, :, index[layer]]
             for layer, grad_XK in zip(layers, grads, strict=True)
         }
         slopes.append(_in_order(units, found))
@@ -521,14 +529,16 @@ def cross_validate(
 
     With fewer than two examples of a label there is nothing to leave out: `fit.penalty`.
     """
-    from sklearn.model_selection import StratifiedKFold
+    from sklearn.model_selection import KFold, StratifiedKFold
 
-    n = len(first.scores_PE)
+    n, n_labels = first.scores_PE.shape
+    if n < 2 * n_labels or len(fit.penalties) < 2:
+        return (fit.penalty if len(fit.penalties) > 1 else fit.penalties[0]), {}
+    # What examples should say is a mixture where steering is targeted; then its most likely label may occur only once.
     y_P = target_XE[:n].argmax(axis=1)
     fewest = int(np.bincount(y_P)[np.unique(y_P)].min())
-    if fewest < 2 or len(fit.penalties) < 2:
-        return (fit.penalty if fewest < 2 else fit.penalties[0]), {}
-    folds = list(StratifiedKFold(min(n_folds, fewest), shuffle=True, random_state=seed).split(y_P, y_P))
+    kind, n_folds = (StratifiedKFold, min(n_folds, fewest)) if fewest > 1 else (KFold, n_folds)
+    folds = list(kind(n_folds, shuffle=True, random_state=seed).split(y_P, y_P))
     losses = {}
     for penalty in fit.penalties:
         total = 0.0
@@ -650,7 +660,7 @@ def neutral_slopes(
     blocks, index = decoder_layers(lm.hf), {x: torch.from_numpy(units.unit_U[units.layer_U == x]) for x in layers}
     for sequence in tqdm(ids, desc=progress, disable=_quiet(progress)):
         inputs = torch.tensor([list(sequence)], device=lm.device)
-        leaves = {x: torch.zeros(1, len(sequence), lm.d_model, requires_grad=True) for x in layers}
+        leaves = {x: torch.zeros(1, len(sequence), lm.d_model, device=lm.device, requires_grad=True) for x in layers}
         streams: dict[int, torch.Tensor] = {}
 
         def read(layer: int, output: Any, leaves: Any = leaves, streams: Any = streams) -> Any:
@@ -667,14 +677,14 @@ def neutral_slopes(
             logp_SV = torch.log_softmax(logits_SV, dim=-1)
             p_SV = logp_SV.detach().exp()
             for draw in range(samples):
-                drawn_S1 = torch.multinomial(p_SV, 1, generator=rng)
+                drawn_S1 = torch.multinomial(p_SV.cpu(), 1, generator=rng).to(lm.device)
                 total = logp_SV.gather(1, drawn_S1).sum()
                 grads = torch.autograd.grad(total, [leaves[x] for x in layers], retain_graph=draw + 1 < samples)
                 row_U = np.empty(len(units))
                 for layer, grad in zip(layers, grads, strict=True):
                     acts_SK = basis[layer].activations(streams[layer], dictionaries).detach()
-                    slopes_SK = grad[0, 1:].float() @ basis[layer].writes_KD.T
-                    row_U[units.layer_U == layer] = (acts_SK * slopes_SK).sum(0)[index[layer]].numpy()
+                    slopes_SK = grad[0, 1:].float() @ basis[layer].writes_KD.to(grad.device).T
+                    row_U[units.layer_U == layer] = (acts_SK * slopes_SK).sum(0).cpu()[index[layer]].numpy()
                 rows.append(row_U)
         n_tokens += len(sequence) - 1
     scaled_MU: Array = np.array(rows) / np.sqrt(samples * max(1, n_tokens))
@@ -702,7 +712,7 @@ def steered(lm: LM, steering: Steering, dictionaries: Mapping[int, Dictionary]) 
         x_BSD = output[0] if isinstance(output, tuple) else output
         skip = 1 if state["past"] == 0 else 0
         flat_XD = x_BSD[:, skip:].reshape(-1, x_BSD.shape[-1])
-        moves_XD = (less_one_K * bank.activations(flat_XD, dictionaries)) @ bank.writes_KD
+        moves_XD = bank.moves(less_one_K.to(flat_XD.device) * bank.activations(flat_XD, dictionaries))
         moved_BSD = x_BSD.clone()
         moved_BSD[:, skip:] += moves_XD.view(*moved_BSD[:, skip:].shape).to(x_BSD.dtype)
         return (moved_BSD, *output[1:]) if isinstance(output, tuple) else moved_BSD
@@ -907,16 +917,16 @@ def fit_low_rank(
     lm = ready.tracer.lm
     matrix = decoder_layers(lm.hf)[layer].self_attn.o_proj
     d_out, d_in = matrix.weight.shape
-    a_Z1 = torch.randn((d_in, 1), generator=torch.Generator().manual_seed(seed)) / np.sqrt(d_in)
+    a_Z1 = (torch.randn((d_in, 1), generator=torch.Generator().manual_seed(seed)) / np.sqrt(d_in)).to(lm.device)
     # The stream's own length sets the scale of a step, so that one rate serves every model.
     scale = float(torch.stack([clean.after(layer)[0].norm() for clean in ready.clean]).mean()) / np.sqrt(d_out)
     a_Z1.requires_grad_()
-    b_1D = torch.zeros((1, d_out), requires_grad=True)
-    goal_XE, n = torch.from_numpy(target_XE), len(ready)
+    b_1D = torch.zeros((1, d_out), device=lm.device, requires_grad=True)
+    goal_XE, n = torch.from_numpy(target_XE).to(lm.device), len(ready)
     optimiser = torch.optim.AdamW([a_Z1, b_1D], lr=rate, weight_decay=decay)
     with torch.enable_grad():
         for _ in range(steps):
-            change, loss = LowRank(layer, a_Z1, scale * b_1D), torch.zeros((), dtype=torch.float64)
+            change, loss = LowRank(layer, a_Z1, scale * b_1D), torch.zeros((), dtype=torch.float64, device=lm.device)
             for one, goal in ((ready, goal_XE[:n]), (free, goal_XE[n:])):
                 scores_PE = torch.cat([_low_rank_scores(one, change, cleans) for cleans in _batches(one.clean, 1)])
                 loss = loss - (goal * torch.log_softmax(scores_PE, dim=1)).sum()

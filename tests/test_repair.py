@@ -47,6 +47,7 @@ SMALL = Settings(
     examples=(1, 2),
     draws=2,
     main_examples=2,
+    baseline_examples=(1, 2),
     rows_per_emotion=4,
     n_units=12,
     n_targeted=8,
@@ -345,13 +346,13 @@ def test_perplexity_rises_by_what_its_definition_says() -> None:
 )
 def test_a_verdict_needs_the_whole_interval(numbers: Any, bar: float, above: bool, wanted: str) -> None:
     value, low, high = numbers
-    assert repair._verdict(value, low, high, bar, above=above) == wanted
+    assert repair.verdict_above(value, low, high, bar, above=above) == wanted
 
 
 def test_the_whole_is_as_good_as_its_worst_part() -> None:
     good, bad, open_ = stats.SUPPORTED, stats.NOT_SUPPORTED, stats.UNDECIDED
-    assert repair._all_of([good, good]) == good
-    assert repair._all_of([good, open_]) == open_ and repair._all_of([open_, bad, good]) == bad
+    assert repair.all_of([good, good]) == good
+    assert repair.all_of([good, open_]) == open_ and repair.all_of([open_, bad, good]) == bad
 
 
 def study(better: bool) -> Study:
@@ -485,7 +486,8 @@ def test_the_weakest_emotion_is_that_of_the_lowest_recall(bench: Bench) -> None:
 
 @pytest.fixture(scope="module")
 def measured(small: tuple[LM, dict[int, Dictionary]], small_rows: Rows) -> Measured:
-    return repair.measure(small[0], small_rows, small[1], SMALL)
+    neutral_MU = repair.neutral_rows(small[0], small[1], SMALL)
+    return repair.measure(small[0], small_rows, small[1], neutral_MU, SMALL)
 
 
 def test_every_method_answers_the_test_texts_and_learns_from_others(
