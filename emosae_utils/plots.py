@@ -31,7 +31,7 @@ from emosae_utils.difficulty import (
     WORDS,
 )
 from emosae_utils.flow import ABOVE, MEAN, RESPONSIVE, TOP
-from emosae_utils.wording import only
+from emosae_utils.wording import only, places
 
 COLOURS: dict[str, str] = {
     "anger": "#D55E00",
@@ -776,13 +776,6 @@ STEERING_STYLES: dict[str, tuple[str, str]] = {
 }
 
 
-def _places(table: pd.DataFrame) -> list[tuple[str, str]]:
-    """Every dataset and model of a table, the models of one dataset after each other."""
-    models, datasets = (list(dict.fromkeys(table[c])) for c in ("model", "dataset"))
-    have = set(zip(table["model"], table["dataset"], strict=True))
-    return [(d, m) for d in datasets for m in models if (m, d) in have]
-
-
 def _steering_plain(metrics: pd.DataFrame, metric: str) -> pd.DataFrame:
     """A metric of every method as it was learnt: full strength, all its units, no target."""
     return only(metrics, metric=metric, strength=1.0, units=0, target="")
@@ -790,11 +783,11 @@ def _steering_plain(metrics: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 def _steering_panels(table: pd.DataFrame, columns: int, size: tuple[float, float], **share: Any) -> tuple[Figure, Any]:
     """A row of panels per dataset and model."""
-    places = _places(table)
+    shown = places(table)
     figure, grid = plt.subplots(
-        len(places), columns, figsize=(size[0] * columns, size[1] * len(places) + 0.5), squeeze=False, **share
+        len(shown), columns, figsize=(size[0] * columns, size[1] * len(shown) + 0.5), squeeze=False, **share
     )
-    return figure, list(zip(places, grid, strict=True))
+    return figure, list(zip(shown, grid, strict=True))
 
 
 def _levels(ax: Axes, plain: pd.DataFrame, along: str = "y") -> None:
@@ -876,20 +869,20 @@ def steering_recalls(metrics: pd.DataFrame, examples: int) -> Figure:
             ax.axhline(1 / len(emotions), color="#999999", ls=":", lw=1)
             ax.set_xticks(range(len(stops)), list(stops), fontsize=8.5)
             ax.set_xlim(-0.35, len(stops) - 1 + 0.8)
-            ax.set_ylim(-0.03, 1.03)
+            ax.set_ylim(-0.05, 1.07)
             ax.set_title(f"{model} · {dataset}\n{'calibrated' if calibrated else 'as answered'}", fontsize=10)
         axes[0].set_ylabel("recall (share of texts)")
     return figure
 
 
-def _cost_axis(ax: Axes, most: float, straight: float) -> None:
+def _cost_axis(ax: Axes, least: float, most: float, straight: float) -> None:
     """An x axis that is linear near zero and logarithmic above `straight`, with few ticks in plain figures."""
     ax.set_xscale("symlog", linthresh=straight, linscale=1)
     above = [straight * m * 10**k for k in range(7) for m in (1, 4)]
     ticks = [0.0, straight / 2, *(x for x in above if x < 1.5 * most)]
     ax.set_xticks(ticks, [f"{x:g}" for x in ticks])
     ax.minorticks_off()
-    ax.set_xlim(min(ax.get_xlim()[0], -straight / 4), None)
+    ax.set_xlim(min(1.3 * least, -straight / 5), max(1.6 * most, straight))
 
 
 def steering_trade(metrics: pd.DataFrame, perplexity: pd.DataFrame, examples: int) -> Figure:
@@ -926,7 +919,8 @@ def steering_trade(metrics: pd.DataFrame, perplexity: pd.DataFrame, examples: in
             ax.axhline(float(level["value"].iloc[0]), color="#444444", ls="--", lw=1.1, label=repair.CALIBRATED)
             if metric == "perplexity":
                 ax.axvline(100 * repair.PERPLEXITY_RISE, color="#222222", lw=0.8)
-            _cost_axis(ax, scale * cost["high"].max(), 5.0 if metric == "perplexity" else 0.01)
+            ends = scale * cost["low"].min(), scale * cost["high"].max()
+            _cost_axis(ax, *ends, 5.0 if metric == "perplexity" else 0.01)
             ax.set_title(f"{model} · {dataset}", fontsize=10)
         axes[0].set_ylabel("macro-F1, as answered")
     rows[-1][1][0].set_xlabel("rise of perplexity (%)")
@@ -938,9 +932,9 @@ def steering_trade(metrics: pd.DataFrame, perplexity: pd.DataFrame, examples: in
 def steering_units(metrics: pd.DataFrame, fits: pd.DataFrame, examples: int) -> Figure:
     """Macro-F1 against the number of units that are turned up or down, as answered and calibrated."""
     table = only(metrics, metric="macro_f1", strength=1.0, target="")
-    places = _places(table)
-    figure, axes = plt.subplots(1, len(places), figsize=(3.4 * len(places) + 0.6, 3.3), sharey=True, squeeze=False)
-    for ax, (dataset, model) in zip(axes[0], places, strict=True):
+    shown = places(table)
+    figure, axes = plt.subplots(1, len(shown), figsize=(3.4 * len(shown) + 0.6, 3.3), sharey=True, squeeze=False)
+    for ax, (dataset, model) in zip(axes[0], shown, strict=True):
         here = only(table, dataset=dataset, model=model)
         all_units = only(fits, dataset=dataset, model=model, method=repair.GAIN, examples=examples)["units"].mean()
         _levels(ax, here)
@@ -1019,14 +1013,20 @@ def steering_targeted(targeted: pd.DataFrame) -> Figure:
     return figure
 
 
+def _in_brackets(emotions: str) -> str:
+    """The first two of a list of emotions, and how many more there are."""
+    first, more = emotions.split(", ")[:2], len(emotions.split(", ")) - 2
+    return f" ({', '.join(first)}{f' +{more}' if more > 0 else ''})" if emotions else ""
+
+
 def steering_turned(turned: pd.DataFrame, count: int = 12) -> Figure:
     """The features whose gain is furthest from one on average over example draws, with the range of the draws."""
-    places = _places(turned)
-    height = 0.27 * count * ((len(places) + 1) // 2) + 1.0
-    figure, grid = plt.subplots((len(places) + 1) // 2, 2, figsize=(9.6, height), squeeze=False, sharex=True)
-    for ax in grid.ravel()[len(places) :]:
+    shown = places(turned)
+    n_rows = (len(shown) + 1) // 2
+    figure, grid = plt.subplots(n_rows, 2, figsize=(9.6, 0.27 * count * n_rows + 1.0), squeeze=False, sharex=True)
+    for ax in grid.ravel()[len(shown) :]:
         ax.set_axis_off()
-    for ax, (dataset, model) in zip(grid.ravel(), places, strict=False):
+    for ax, (dataset, model) in zip(grid.ravel(), shown, strict=False):
         here = only(turned, dataset=dataset, model=model).head(count)
         y = np.arange(len(here))
         error = [here["gain"] - here["least"], here["most"] - here["gain"]]
@@ -1034,7 +1034,7 @@ def steering_turned(turned: pd.DataFrame, count: int = 12) -> Figure:
         ax.barh(y, here["gain"] - 1, left=1, color=colours, alpha=0.75, height=0.62)
         ax.errorbar(here["gain"], y, xerr=error, fmt="none", ecolor="#222222", elinewidth=1)
         ax.axvline(1, color="#444444", lw=0.8)
-        names = [f"L{r.layer} · {r.feature}" + (f" ({r.emotions})" if r.emotions else "") for r in here.itertuples()]
+        names = [f"L{r.layer} · {r.feature}{_in_brackets(r.emotions)}" for r in here.itertuples()]
         ax.set_yticks(y, names, fontsize=8)
         ax.set_ylim(len(here) - 0.4, -0.6)
         ax.set_title(f"{model} · {dataset}", fontsize=10)

@@ -5,7 +5,7 @@ Every number, and every judgement on it, comes from the tables of `repair.save`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,13 @@ def only(table: pd.DataFrame, **where: Any) -> pd.DataFrame:
     for column, value in where.items():
         keep &= (table[column] == value).to_numpy()
     return table[keep]
+
+
+def places(table: pd.DataFrame) -> list[tuple[str, str]]:
+    """Every dataset and model of a table, the models of one dataset after each other: the order of the page."""
+    models, datasets = (list(dict.fromkeys(table[c])) for c in ("model", "dataset"))
+    have = set(zip(table["model"], table["dataset"], strict=True))
+    return [(d, m) for d in datasets for m in models if (m, d) in have]
 
 
 def _range(row: Any, *, signed: bool = False, percent: bool = False) -> str:
@@ -107,6 +114,11 @@ def level_finding(tables: Tables, model: str, dataset: str, settings: Settings) 
     ):
         row = only(compared, calibrated=calibrated, versus=versus).iloc[0]
         parts.append(f"{_side(row)} {what} ({_range(row, signed=True)})")
+    row_both = only(compared, calibrated=True, versus=CALIBRATED).iloc[0]
+    lesson = {
+        "above": "So the examples taught more than the label prior.",
+        "below": "So once the label prior is off, the gains do harm.",
+    }.get(_side(row_both), "That the examples taught more than the label prior is not shown here.")
     rivals = here[(here["examples"] == n) & (here["method"] != GAIN)]
     best = rivals.loc[rivals["value"].idxmax()]
     top = f"{NAMES.get(best['method'], best['method'])}{', calibrated,' if best['calibrated'] else ''}"
@@ -115,7 +127,8 @@ def level_finding(tables: Tables, model: str, dataset: str, settings: Settings) 
     return (
         f"**{model}** on {dataset}, {_count(n, 'example')} per emotion. Macro-F1 is {_range(raw)} without steering, "
         f"{_range(gains)} with gains, {_range(prior)} with prior calibration alone and {_range(both)} with gains and "
-        f"calibration. Gains are {'; '.join(parts)}. Of the other methods that see the same examples, {top} does best "
+        f"calibration. Gains are {'; '.join(parts)}. {lesson} Of the other methods that see the "
+        f"same examples, {top} does best "
         f"({_range(best)}). Gains and calibration together reach {many} per emotion."
     )
 
@@ -168,10 +181,12 @@ def recall_finding(tables: Tables, model: str, dataset: str, settings: Settings)
         only(spread, method=m, examples=k, calibrated=c, versus="").iloc[0]["value"]
         for m, k, c in ((GAIN, n, False), (CALIBRATED, 0, True))
     )
-    word = {"below": "less unequal", "above": "more unequal"}.get(_side(change), "about as unequal")
+    word = {"below": "less unequal than", "above": "more unequal than"}.get(
+        _side(change), "neither clearly more nor less unequal than"
+    )
     return (
         f"**{model}** on {dataset}: the recall of {weak}, the lowest without steering, is {said}. The lowest of all "
-        f"is {lowest}. Gains make the emotions {word} than they were: the standard deviation of their recalls changes "
+        f"is {lowest}. Gains make the emotions {word} they were: the standard deviation of their recalls changes "
         f"by {_range(change, signed=True)} to {own:.2f}; prior calibration alone leaves {other:.2f}."
     )
 
@@ -237,15 +252,13 @@ def targeted_finding(tables: Tables, model: str, dataset: str) -> str:
         target = here["target"].iloc[0]
         lost = here.drop(index=[target, "others"])
         worst = lost.loc[lost["value"].idxmin()]
-        loses = (
-            f"; {worst.name} changes most for the worse ({_range(worst, signed=True)})" if worst["value"] < 0 else ""
-        )
+        loses = f", {worst.name} losing most ({_range(worst, signed=True)})" if worst["value"] < 0 else ""
         parts.append(
             f"in the {name} {target} is the weakest; aiming at it changes its recall by "
             f"{_range(here.loc[target], signed=True)} and that of the others by "
             f"{_range(here.loc['others'], signed=True)} on average{loses}"
         )
-    return f"**{model}** on {dataset}: {'. '.join(p[0].upper() + p[1:] for p in parts)}."
+    return f"**{model}** on {dataset}: {'; '.join(parts)}."
 
 
 def sample_view(samples: pd.DataFrame) -> pd.DataFrame:
@@ -301,10 +314,9 @@ def turned_finding(found: pd.DataFrame, model: str, dataset: str, count: int = 5
         f"at layer {half:.0f} or above."
     )
     if not known.any():
-        return f"{text} Which of them respond to emotion is not known here: the chapter on features has not read them."
-    return (
-        f"{text} {known.loc[top.index].mean():.0%} respond to emotion, against {known.mean():.0%} of all with a gain."
-    )
+        return f"{text} Whether they respond to emotion is not known here: the chapter on features has not read them."
+    share = known.loc[top.index].mean()
+    return f"{text} Of these, {share:.0%} respond to emotion, against {known.mean():.0%} of all with a gain."
 
 
 def verdicts(tables: Tables, settings: Settings) -> str:
@@ -313,8 +325,3 @@ def verdicts(tables: Tables, settings: Settings) -> str:
     frame = pd.DataFrame([asdict(c) | {"chapter": "steering"} for c in claims])
     frame = frame.astype(dict.fromkeys(["effect", "low", "high"], float)).sort_values("claim", kind="stable")
     return f"{ledger.table(frame)}\n\n{ledger.part_table(frame)}"
-
-
-def paragraphs(lines: Sequence[str]) -> str:
-    """Paragraphs of one page, empty ones left out."""
-    return "\n\n".join(filter(None, lines))
