@@ -798,6 +798,15 @@ def _levels(ax: Axes, plain: pd.DataFrame, along: str = "y") -> None:
         line(float(only(plain, method=method)["value"].iloc[0]), color="#444444", ls=dash, lw=1.1, label=name)
 
 
+def _dots(ax: Axes, x: Any, y: Any, colour: str, *, across: Any = None, up: Any = None, **style: Any) -> None:
+    """Points with the ends of their intervals, [low, high], drawn as they are: a point may lie outside its own."""
+    if across is not None:
+        ax.hlines(y, *across, color=colour, lw=1.2)
+    if up is not None:
+        ax.vlines(x, *up, color=colour, lw=1.2)
+    ax.plot(x, y, color=colour, **{"ls": "", "ms": 5.5, **style})
+
+
 def steering_examples(metrics: pd.DataFrame) -> Figure:
     """Macro-F1 against examples per emotion: a row per dataset and model, answers as given and calibrated."""
     table = _steering_plain(metrics, "macro_f1")
@@ -814,9 +823,9 @@ def steering_examples(metrics: pd.DataFrame) -> Figure:
                 if line.empty:
                     continue
                 x = line["examples"].map(numbers.index) + (i - (len(STEERING_STYLES) - 1) / 2) * 0.07
-                width = 2.0 if method == repair.GAIN else 1.1
-                style = {"color": colour, "marker": marker, "lw": width, "ms": 5, "elinewidth": 1, "label": method}
-                _bars(ax, x, line, zorder=3 if method == repair.GAIN else 2, **style)
+                mine = method == repair.GAIN
+                style = {"marker": marker, "ls": "-", "lw": 2.0 if mine else 1.1, "zorder": 4 if mine else 3}
+                _dots(ax, x, line["value"], colour, up=(line["low"], line["high"]), label=method, **style)
             ax.set_xticks(range(len(numbers)), [str(n) for n in numbers])
             ax.set_xlim(-0.4, len(numbers) - 0.6)
             ax.set_title(f"{model} · {dataset}\n{'calibrated' if calibrated else 'as answered'}", fontsize=10)
@@ -856,10 +865,10 @@ def steering_recalls(metrics: pd.DataFrame, examples: int) -> Figure:
             for i, emotion in enumerate(emotions):
                 line = pd.concat([only(t, emotion=emotion) for t in stops.values()])
                 x = np.arange(len(line)) + (i - (len(emotions) - 1) / 2) * 0.055
-                style = {"color": COLOURS[emotion], "marker": MARKERS[emotion], "ms": 5.5, "elinewidth": 1}
+                up = (line["low"], line["high"])
+                _dots(ax, x, line["value"], COLOURS[emotion], up=up, marker=MARKERS[emotion])
                 # Two alternatives to the first stop, not a path through all three.
-                _bars(ax, x[:2], line[:2], lw=1.5, **style)
-                _bars(ax, x[2:], line[2:], lw=0, **style)
+                ax.plot(x[:2], line["value"][:2], color=COLOURS[emotion], lw=1.5)
                 if emotion in aims:
                     ring = {"facecolors": "none", "edgecolors": "#222222", "lw": 1.3, "zorder": 5}
                     ax.scatter(x[2:], line["value"][2:], s=130, **ring)
@@ -902,13 +911,9 @@ def steering_trade(metrics: pd.DataFrame, perplexity: pd.DataFrame, examples: in
                 both = both.sort_values("strength")
                 colour, marker = STEERING_STYLES[method]
                 x = scale * both["value_cost"]
-                across = [
-                    scale * (both["value_cost"] - both["low_cost"]),
-                    scale * (both["high_cost"] - both["value_cost"]),
-                ]
-                up = [both["value"] - both["low"], both["high"] - both["value"]]
-                style = {"color": colour, "fmt": marker, "ms": 6, "elinewidth": 1, "label": method}
-                ax.errorbar(x, both["value"], xerr=across, yerr=up, **style)
+                ends = scale * both["low_cost"], scale * both["high_cost"]
+                up = (both["low"], both["high"])
+                _dots(ax, x, both["value"], colour, across=ends, up=up, marker=marker, label=method)
                 if method == repair.GAIN:
                     ax.plot([0, *x], [raw["value"], *both["value"]], color=colour, lw=1.6)
                     for at, y, strength in zip(x, both["value"], both["strength"], strict=True):
@@ -942,7 +947,8 @@ def steering_units(metrics: pd.DataFrame, fits: pd.DataFrame, examples: int) -> 
         for calibrated, colour, marker, name in styles:
             line = only(here, method=repair.GAIN, examples=examples, calibrated=calibrated)
             line = line.assign(units=line["units"].where(line["units"] > 0, all_units)).sort_values("units")
-            _bars(ax, line["units"], line, color=colour, marker=marker, ms=5, lw=1.5, elinewidth=1, label=name)
+            up = (line["low"], line["high"])
+            _dots(ax, line["units"], line["value"], colour, up=up, marker=marker, ls="-", lw=1.5, label=name)
         counts = sorted(set(line["units"]))
         ax.set_xscale("log")
         ax.set_xticks(counts, [f"{x:.0f}" for x in counts])
@@ -971,11 +977,9 @@ def steering_calibration(metrics: pd.DataFrame, examples: int) -> Figure:
                 for calibrated in (False, True):
                     line = only(here, model=model, calibrated=calibrated)
                     y = line["method"].map(order.index) + (k - (len(models) - 1) / 2) * 0.34 + (calibrated - 0.5) * 0.15
-                    error = [line["value"] - line["low"], line["high"] - line["value"]]
-                    style = {"color": colour, "fmt": "os^v"[k], "ms": 5, "elinewidth": 1}
-                    style |= {"mfc": "white" if calibrated else colour}
+                    style = {"marker": "os^v"[k], "mfc": "white" if calibrated else colour, "ms": 5}
                     name = f"{model}, {'calibrated' if calibrated else 'as answered'}"
-                    ax.errorbar(line["value"], y, xerr=error, label=name, **style)
+                    _dots(ax, line["value"], y, colour, across=(line["low"], line["high"]), label=name, **style)
             ax.set_yticks(range(len(order)), ["no steering" if m == repair.RAW else m for m in order])
             ax.set_ylim(len(order) - 0.4, -0.6)
             ax.set_xlim(0, None)
@@ -997,9 +1001,8 @@ def steering_targeted(targeted: pd.DataFrame) -> Figure:
                 if emotion not in here.index:
                     continue
                 row = here.loc[emotion]
-                ends = [[row["value"] - row["low"]], [row["high"] - row["value"]]]
-                style = {"color": COLOURS.get(emotion, "#222222"), "fmt": MARKERS.get(emotion, "o"), "elinewidth": 1.4}
-                ax.errorbar([row["value"]], [y], xerr=ends, ms=6, **style)
+                colour, marker = COLOURS.get(emotion, "#222222"), MARKERS.get(emotion, "o")
+                _dots(ax, row["value"], y, colour, across=(row["low"], row["high"]), marker=marker, ms=6)
             ax.axhspan(order.index(target) - 0.42, order.index(target) + 0.42, color="#DDDDDD", alpha=0.6, lw=0)
             ax.axvline(0, color="#444444", lw=0.8)
             for emotion, bar in ((target, repair.WEAK_RISE), ("others", repair.OTHERS_LOSS)):
