@@ -938,7 +938,9 @@ def steering_units(metrics: pd.DataFrame, fits: pd.DataFrame, examples: int) -> 
     """Macro-F1 against the number of units that are turned up or down, as answered and calibrated."""
     table = only(metrics, metric="macro_f1", strength=1.0, target="")
     shown = places(table)
-    figure, axes = plt.subplots(1, len(shown), figsize=(3.4 * len(shown) + 0.6, 3.3), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(shown), figsize=(max(6.4, 3.4 * len(shown) + 0.6), 3.3), sharey=True, squeeze=False
+    )
     for ax, (dataset, model) in zip(axes[0], shown, strict=True):
         here = only(table, dataset=dataset, model=model)
         all_units = only(fits, dataset=dataset, model=model, method=repair.GAIN, examples=examples)["units"].mean()
@@ -965,6 +967,7 @@ def steering_calibration(metrics: pd.DataFrame, examples: int) -> Figure:
     """Macro-F1 and calibration error of every method at one number of examples; a row per dataset, models by marker."""
     tables = {m: _steering_plain(metrics, m) for m in ("macro_f1", "calibration_error")}
     datasets, models = (list(dict.fromkeys(tables["macro_f1"][c])) for c in ("dataset", "model"))
+    tables = {m: t[t["examples"].isin([0, examples])] for m, t in tables.items()}
     order = [m for m in repair.METHODS if m in set(tables["macro_f1"]["method"])]
     figure, grid = plt.subplots(
         len(datasets), 2, figsize=(9.4, 0.34 * len(order) * len(datasets) + 1.3), sharey=True, squeeze=False
@@ -972,7 +975,6 @@ def steering_calibration(metrics: pd.DataFrame, examples: int) -> Figure:
     for axes, dataset in zip(grid, datasets, strict=True):
         for ax, (metric, table) in zip(axes, tables.items(), strict=True):
             here = only(table, dataset=dataset)
-            here = here[here["examples"].isin([0, examples])]
             for k, (model, colour) in enumerate(zip(models, MODEL_COLOURS, strict=False)):
                 for calibrated in (False, True):
                     line = only(here, model=model, calibrated=calibrated)
@@ -1025,8 +1027,11 @@ def _in_brackets(emotions: str) -> str:
 def steering_turned(turned: pd.DataFrame, count: int = 12) -> Figure:
     """The features whose gain is furthest from one on average over example draws, with the range of the draws."""
     shown = places(turned)
-    n_rows = (len(shown) + 1) // 2
-    figure, grid = plt.subplots(n_rows, 2, figsize=(9.6, 0.27 * count * n_rows + 1.0), squeeze=False, sharex=True)
+    n_columns = min(2, len(shown))
+    n_rows = -(-len(shown) // n_columns)
+    figure, grid = plt.subplots(
+        n_rows, n_columns, figsize=(4.8 * n_columns, 0.27 * count * n_rows + 1.0), squeeze=False, sharex=True
+    )
     for ax in grid.ravel()[len(shown) :]:
         ax.set_axis_off()
     for ax, (dataset, model) in zip(grid.ravel(), shown, strict=False):

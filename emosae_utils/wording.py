@@ -145,8 +145,8 @@ def comparison_view(comparisons: pd.DataFrame, examples: int) -> pd.DataFrame:
     }
     parts = []
     for name, table in columns.items():
-        # Two lines in a cell keep the table narrow.
-        cells = [f"{_range(r, signed=True)}\n{_p(r['p_holm'])}" for _, r in table.iterrows()]
+        # Three lines in a cell keep the table narrow.
+        cells = [f"{_range(r, signed=True)}\n{_p(r['p_holm'])}".replace(" [", "\n[") for _, r in table.iterrows()]
         parts.append(table.assign(cell=cells, column=name))
     long = pd.concat(parts)
     long["method"] = pd.Categorical(long["method"], [m for m in reversed(repair.METHODS) if m in set(long["method"])])
@@ -158,7 +158,7 @@ def comparison_view(comparisons: pd.DataFrame, examples: int) -> pd.DataFrame:
 
 
 def _p(p: float) -> str:
-    return "p < .001" if p < 0.001 else f"p = {p:.3f}".replace("0.", ".", 1)
+    return "p < .001" if p < 0.001 else "p = 1" if p > 0.9995 else f"p = {p:.3f}".replace("0.", ".", 1)
 
 
 def recall_finding(tables: Tables, model: str, dataset: str, settings: Settings) -> str:
@@ -309,7 +309,7 @@ def turned_finding(found: pd.DataFrame, model: str, dataset: str, count: int = 5
     known = here["kind"] != ""
     text = (
         f"**{model}** on {dataset}: {len(here)} features have a gain in at least one draw, "
-        f"{(here['chosen'] == 1).mean():.0%} of them in all. Of the {len(top)} turned furthest, "
+        f"{(here['chosen'] == 1).mean():.0%} of them in every draw. Of the {len(top)} turned furthest, "
         f"{(top['gain'] > 1).mean():.0%} are turned up, {same:.0%} in the same direction by every draw, and half lie "
         f"at layer {half:.0f} or above."
     )
