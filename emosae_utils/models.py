@@ -80,6 +80,9 @@ class LM:
     dtype: str
     fingerprint: str
 
+    def __repr__(self) -> str:
+        return f"LM({self.name}, {self.n_layers} layers of {self.d_model}, {self.dtype} on {self.device})"
+
     @cached_property
     def nn(self) -> TransformersModel:
         """The model as an nnsight `TransformersModel`."""

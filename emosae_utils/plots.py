@@ -6,7 +6,7 @@ marker too. The face of a figure is always white, so that it looks the same on a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from emosae_utils import repair
+from emosae_utils.causal import CROSS, NEUTRAL, SAME_EMOTION, here
 from emosae_utils.difficulty import (
     CALIBRATED,
     CODES,
@@ -30,6 +31,7 @@ from emosae_utils.difficulty import (
     VOTE,
     WORDS,
 )
+from emosae_utils.effects import ALL_ROWS, CONTRAST, EFFECT, KINDS, PHASE_NAMES
 from emosae_utils.flow import ABOVE, MEAN, RESPONSIVE, TOP
 from emosae_utils.wording import only, places
 
@@ -761,6 +763,249 @@ def features_replication(table: pd.DataFrame) -> Figure:
     handles, names = axes[0][0].get_legend_handles_labels()
     if handles:
         figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=8)
+    return figure
+
+
+Tables = Mapping[str, pd.DataFrame]
+
+
+def _emotions(table: pd.DataFrame, column: str = "emotion") -> list[str]:
+    return [e for e in COLOURS if e in set(table[column])]
+
+
+def tracing_features(tables: Tables, models: Sequence[str]) -> Figure:
+    """Effect of each feature on its label, on own texts against others: all features, label sets, emotion sets."""
+    figure, axes = plt.subplots(1, len(models), figsize=(4.9 * len(models), 4.3), squeeze=False)
+    for ax, model in zip(axes[0], models, strict=True):
+        table = here(tables, "selection", model)
+        groups = (
+            ("other features", table[~table["in_label"] & ~table["in_emotion"]], "#BBBBBB", ".", 3.0),
+            ("label set", table[table["in_label"] & ~table["in_emotion"]], "#0072B2", "o", 9.0),
+            ("emotion set", table[table["in_emotion"]], "#D55E00", "D", 13.0),
+        )
+        for label, part, colour, marker, size in groups:
+            style: dict[str, Any] = {"color": colour, "marker": marker, "s": size, "lw": 0, "alpha": 0.7}
+            ax.scatter(part["elsewhere"], part["effect"], label=label, rasterized=True, **style)
+        ends = [float(table[["effect", "elsewhere"]].min().min()), float(table[["effect", "elsewhere"]].max().max())]
+        ax.plot(ends, ends, color="#444444", lw=0.8, ls="--")
+        ax.set_xscale("symlog", linthresh=0.01)
+        ax.set_yscale("symlog", linthresh=0.01)
+        ax.tick_params(axis="x", rotation=45)
+        ax.set_xlabel("on texts of other emotions (nats)")
+        ax.set_title(model)
+    axes[0][0].set_ylabel("on texts of the emotion (nats)")
+    axes[0][0].legend(fontsize=8, loc="best", markerscale=1.6)
+    return figure
+
+
+def tracing_sets(tables: Tables, models: Sequence[str]) -> Figure:
+    """Change of the gold logit difference by joint ablation of each set, filled, and of random sets, open."""
+    figure, grid = plt.subplots(
+        len(KINDS), len(models), figsize=(4.9 * len(models), 5.4), sharex="col", squeeze=False
+    )  # fmt: skip
+    for column, model in enumerate(models):
+        sets = here(tables, "sets", model)
+        for ax, kind in zip(grid[:, column], KINDS, strict=True):
+            table = sets[(sets["kind"] == kind) & (sets["rows"] == ALL_ROWS)].set_index("emotion")
+            emotions = [e for e in COLOURS if e in table.index]
+            for i, emotion in enumerate(emotions):
+                own = table.loc[[emotion]]
+                style: dict[str, Any] = {"color": COLOURS[emotion], "fmt": MARKERS[emotion], "ms": 7, "elinewidth": 1.5}
+                if own["size"].iloc[0]:
+                    _bars(ax, [i - 0.12], own, **style)
+                    drawn = own.filter(like="random_").rename(columns=lambda c: c.removeprefix("random_"))
+                    _bars(ax, [i + 0.18], drawn, **style, mfc="white", alpha=0.8)
+                shown = f"{own['size'].iloc[0]}\n{own['flips'].iloc[0]:.0%}"
+                ax.annotate(shown, (i, 1.0), xycoords=("data", "axes fraction"), ha="center", va="top", fontsize=8)
+            ax.axhline(0, color="#444444", lw=0.8)
+            ax.margins(y=0.3)
+            ax.set_xticks(range(len(emotions)), emotions, rotation=30)
+            ax.set_xlim(-0.6, len(emotions) - 0.4)
+            ax.set_title(f"{model} · {kind}s", fontsize=10)
+            if column == 0:
+                ax.set_ylabel("change of gold\nlogit difference (nats)")
+    return figure
+
+
+def tracing_recovery(tables: Tables, models: Sequence[str]) -> Figure:
+    """Joint ablation of the top k features against k, by emotion; grey: matched random sets, mean over emotions."""
+    orders = ((EFFECT, "ranked by effect"), (CONTRAST, "ranked by contrast"))
+    figure, grid = plt.subplots(
+        len(orders), len(models), figsize=(4.9 * len(models), 5.6), sharex=True, squeeze=False
+    )  # fmt: skip
+    for column, model in enumerate(models):
+        table = here(tables, "recovery", model)
+        for ax, (order, title) in zip(grid[:, column], orders, strict=True):
+            own = table[table["kind"] == order]
+            for emotion in _emotions(own):
+                line = own[own["emotion"] == emotion]
+                style = {"color": COLOURS[emotion], "marker": MARKERS[emotion], "ms": 4, "lw": 1.5}
+                ax.plot(line["features"], line["value"], label=emotion, **style)
+                ax.fill_between(line["features"], line["low"], line["high"], color=COLOURS[emotion], alpha=0.12, lw=0)
+                ax.plot(line["features"], line["random_value"], color=COLOURS[emotion], lw=0.9, ls=":")
+            ax.axhline(0, color="#444444", lw=0.8)
+            ax.set_xscale("log")
+            ax.set_title(f"{model} · {title}", fontsize=10)
+            if column == 0:
+                ax.set_ylabel("change of gold\nlogit difference (nats)")
+    for ax in grid[-1]:
+        ax.set_xlabel("features ablated together")
+    handles, names = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=9)
+    return figure
+
+
+def tracing_matrix(tables: Tables, models: Sequence[str]) -> Figure:
+    """Ablate the set of one emotion (row), measure on texts of another (column), less random sets, nats."""
+    figure, grid = plt.subplots(len(models), len(KINDS), figsize=(9.4, 4.3 * len(models)), squeeze=False)
+    for axes, model in zip(grid, models, strict=True):
+        table = here(tables, "matrix", model)
+        for ax, kind in zip(axes, KINDS, strict=True):
+            own, emotions = table[(table["kind"] == kind) & (table["features"] > 0)], _emotions(table, "text")
+            square = own.pivot_table(index="set", columns="text", values="difference_value")
+            square = square.reindex(index=emotions, columns=emotions)
+            bound = max(0.05, float(np.abs(np.nan_to_num(square.to_numpy())).max()))
+            _square(ax, square, f"{model} · {kind}s", cmap="vlag", center=0, vmin=-bound, vmax=bound)
+            ax.set_xlabel("texts of")
+            ax.set_ylabel("set of")
+    return figure
+
+
+def tracing_phases(tables: Tables, models: Sequence[str]) -> Figure:
+    """Joint ablation of the members of a set in one phase, less random sets of the same layers."""
+    figure, grid = plt.subplots(
+        len(KINDS), len(models), figsize=(4.9 * len(models), 5.0), sharex=True, squeeze=False
+    )  # fmt: skip
+    for column, model in enumerate(models):
+        table = here(tables, "phases", model)
+        for ax, kind in zip(grid[:, column], KINDS, strict=True):
+            own = table[table["kind"] == kind]
+            emotions = _emotions(own)
+            for i, emotion in enumerate(emotions):
+                part = own[own["emotion"] == emotion].set_index("part").loc[list(PHASE_NAMES)]
+                line = part.filter(like="difference_").rename(columns=lambda c: c.removeprefix("difference_"))
+                x = np.arange(len(PHASE_NAMES)) + (i - (len(emotions) - 1) / 2) * 0.11
+                some = (part["features"] > 0).to_numpy()
+                style = {"color": COLOURS[emotion], "fmt": MARKERS[emotion], "ms": 6, "elinewidth": 1.3}
+                if some.any():
+                    _bars(ax, x[some], line[some], label=emotion, **style)
+            ax.axhline(0, color="#444444", lw=0.8)
+            ax.set_xticks(range(len(PHASE_NAMES)), PHASE_NAMES)
+            ax.set_xlim(-0.5, len(PHASE_NAMES) - 0.5)
+            ax.set_title(f"{model} · {kind}s", fontsize=10)
+            if column == 0:
+                ax.set_ylabel("change less random\nsets (nats)")
+    # An emotion may have members in one panel only.
+    found = {n: h for ax in grid.ravel() for h, n in zip(*ax.get_legend_handles_labels(), strict=True)}
+    if found:
+        place: dict[str, Any] = {"loc": "outside lower center", "ncols": len(found), "frameon": False, "fontsize": 9}
+        figure.legend(list(found.values()), list(found), **place)
+    return figure
+
+
+def tracing_layers(tables: Tables, models: Sequence[str]) -> Figure:
+    """Where features act: summed absolute effects per layer, and summed effects of the members of emotion sets."""
+    figure, grid = plt.subplots(2, len(models), figsize=(4.9 * len(models), 4.6), sharex="col", squeeze=False)
+    for column, model in enumerate(models):
+        table = here(tables, "layers", model)
+        for emotion in _emotions(table):
+            line = table[table["emotion"] == emotion]
+            style = {"color": COLOURS[emotion], "marker": MARKERS[emotion], "ms": 4, "lw": 1.4}
+            for ax, value in zip(grid[:, column], ("total", "emotion_set"), strict=True):
+                ax.plot(line["layer"], line[value], label=emotion, **style)
+        grid[0][column].set_title(model)
+        grid[1][column].set_xlabel("layer")
+        grid[1][column].xaxis.get_major_locator().set_params(integer=True)
+    grid[0][0].set_ylabel("sum of |effects|,\nall features (nats)")
+    grid[1][0].set_ylabel("sum of contrasts,\nemotion sets (nats)")
+    handles, names = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=9)
+    return figure
+
+
+def tracing_concentration(tables: Tables, models: Sequence[str]) -> Figure:
+    """Effective number of features and Gini coefficient of each emotion; grey ticks: the same with dealt emotions."""
+    quantities = (("effective number", "effective number of features"), ("gini", "Gini coefficient"))
+    figure, grid = plt.subplots(2, len(models), figsize=(4.9 * len(models), 5.2), sharey=True, squeeze=False)
+    for column, model in enumerate(models):
+        table = here(tables, "concentration", model)
+        emotions = _emotions(table)
+        for ax, (quantity, title) in zip(grid[:, column], quantities, strict=True):
+            for shift, measure in ((-0.18, EFFECT), (0.18, CONTRAST)):
+                own = table[(table["measure"] == measure) & (table["quantity"] == quantity)].set_index("emotion")
+                for i, emotion in enumerate(emotions):
+                    row = own.loc[emotion]
+                    ends = [[row["value"] - row["low"]], [row["high"] - row["value"]]]
+                    style: dict[str, Any] = {"color": COLOURS[emotion], "fmt": MARKERS[emotion], "ms": 6}
+                    style |= {"mfc": COLOURS[emotion] if measure == EFFECT else "white", "elinewidth": 1.3}
+                    ax.errorbar([row["value"]], [i + shift], xerr=np.maximum(ends, 0), **style)
+                    ax.plot([row["null"]], [i + shift], ls="", marker="|", ms=9, color="#777777")
+            ax.set_yticks(range(len(emotions)), emotions)
+            ax.set_xlabel(title)
+        grid[0][column].set_xscale("log")
+        grid[0][column].set_title(model)
+    grid[0][0].set_ylim(len(emotions) - 0.4, -0.6)
+    for name, face in (("by effect", "#444444"), ("by contrast", "white")):
+        grid[1][0].plot([], [], ls="", marker="o", mec="#444444", mfc=face, label=name)
+    handles, names = grid[1][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
+def tracing_sufficiency(tables: Tables, models: Sequence[str]) -> Figure:
+    """Gold logit difference gained when only a set is free, beside random sets (open) and the whole model (bar)."""
+    figure, grid = plt.subplots(
+        len(KINDS), len(models), figsize=(4.9 * len(models), 5.2), sharex=True, squeeze=False
+    )  # fmt: skip
+    for column, model in enumerate(models):
+        table = here(tables, "sufficiency", model)
+        for ax, kind in zip(grid[:, column], KINDS, strict=True):
+            own = table[table["kind"] == kind].set_index("emotion")
+            emotions = [e for e in COLOURS if e in own.index]
+            for i, emotion in enumerate(emotions):
+                row = own.loc[[emotion]]
+                style: dict[str, Any] = {"color": COLOURS[emotion], "fmt": MARKERS[emotion], "ms": 6, "elinewidth": 1.4}
+                ax.hlines(row["clean"], i - 0.35, i + 0.35, color="#444444", lw=1.4)
+                if not row["features"].iloc[0]:
+                    continue
+                _bars(ax, [i - 0.12], row, **style)
+                drawn = row.filter(like="random_").rename(columns=lambda c: c.removeprefix("random_"))
+                _bars(ax, [i + 0.12], drawn, **style, mfc="white", alpha=0.8)
+            ax.axhline(0, color="#999999", lw=0.8, ls=":")
+            ax.set_xticks(range(len(emotions)), emotions, rotation=30)
+            ax.set_title(f"{model} · only the {kind}", fontsize=10)
+            if column == 0:
+                ax.set_ylabel("gain over all at\ntheir mean (nats)")
+    return figure
+
+
+def tracing_patching(tables: Tables, models: Sequence[str]) -> Figure:
+    """Share of the emotional difference that a patch carries, over layers, by site, task and window."""
+    sites = ("attention", "ffn", "residual")
+    figure, grid = plt.subplots(len(models), 3, figsize=(10.4, 3.1 * len(models)), sharex="row", squeeze=False)
+    styles = {CROSS: ("#D55E00", "-"), SAME_EMOTION: ("#0072B2", "--"), NEUTRAL: ("#777777", ":")}
+    for axes, model in zip(grid, models, strict=True):
+        table = here(tables, "patching", model)
+        for ax, site in zip(axes, sites, strict=True):
+            own = table[table["site"] == site]
+            widest = int(own["window"].max())
+            for task, (colour, dash) in styles.items():
+                for window in sorted(set(own["window"])):
+                    line = own[(own["task"] == task) & (own["window"] == window)]
+                    if line.empty or (task != CROSS and window != widest):
+                        continue
+                    label = f"{task}, {window} layers" if window > 1 else task
+                    lw = 0.9 + 0.4 * (window - 1)
+                    ax.plot(line["layer"], line["value"], color=colour, ls=dash, lw=lw, label=label)
+                    if window == widest:
+                        ax.fill_between(line["layer"], line["low"], line["high"], color=colour, alpha=0.15, lw=0)
+            ax.axhline(0, color="#444444", lw=0.8)
+            ax.set_title(f"{model} · {'FFN' if site == 'ffn' else site}", fontsize=10)
+            ax.set_xlabel("layer")
+            ax.xaxis.get_major_locator().set_params(integer=True)
+        axes[0].set_ylabel("share of the difference carried")
+    for ax in (grid[0][0], grid[0][2]):
+        ax.legend(fontsize=7, loc="best")
     return figure
 
 

@@ -30,7 +30,7 @@ from emosae_utils.data import EMOTIONS, load_corpus, which_are_here
 from emosae_utils.difficulty import gold_indices
 from emosae_utils.features import folder_of
 from emosae_utils.files import EmosaeError, write_json, write_table
-from emosae_utils.ledger import Claim, save_claims
+from emosae_utils.ledger import Claim, Verdict, save_claims
 from emosae_utils.models import LM, load_model
 from emosae_utils.saes import Dictionary, available_layers, load_dictionaries
 from emosae_utils.steering import Fit, Prepared, Steering, Tangent, Units
@@ -56,6 +56,7 @@ class Settings:
         examples: numbers of labelled examples per emotion.
         draws: how often examples are drawn.
         main_examples: the number that claims are about.
+        baseline_examples: the numbers that the dearer baselines are learnt from.
         rows_per_emotion: test texts.
         template: the wording.
         n_units: units turned up or down; as many as rank-one LoRA has parameters if 0.
@@ -81,16 +82,17 @@ class Settings:
     examples: Sequence[int] = (1, 5, 20)
     draws: int = 5
     main_examples: int = 5
+    baseline_examples: Sequence[int] = (5,)
     rows_per_emotion: int = 48
     template: str = scoring.DEFAULT_TEMPLATE
     n_units: int = 0
     n_targeted: int = 200
-    penalties: Sequence[float] = (0.03, 0.1, 0.3)
+    penalties: Sequence[float] = (0.03, 0.1)
     penalty: float = 0.1
     free_weight: float = 0.5
-    neutral_weight: float = 1.0
+    neutral_weight: float = 100.0
     steps: int = 3
-    neutral_texts: int = 48
+    neutral_texts: int = 144
     strengths: Sequence[float] = (0.5, 1.0, 1.5, 2.0)
     unit_counts: Sequence[int] = (20, 100, 500)
     few_shot_examples: Sequence[int] = (1, 5)
@@ -121,8 +123,12 @@ def choose_rows(frame: pd.DataFrame, settings: Settings) -> Rows:
     """Equally many test texts of each emotion, validation texts, and the pool that example draws come from.
 
     Raises:
-        EmosaeError: if a split lacks an emotion, or the pool has too few texts of one.
+        EmosaeError: if a split lacks an emotion, the pool has too few texts of one, or the number of examples that
+            claims are about is not among those asked for.
     """
+    if settings.main_examples not in settings.examples:
+        asked = ", ".join(map(str, settings.examples))
+        raise EmosaeError(f"main_examples is {settings.main_examples}, which is not in examples ({asked})")
     frame = frame[frame["emotion"].isin(EMOTIONS)]
     name = str(frame["dataset"].iloc[0]) if len(frame) else "the data"
     labels = tuple(e for e in EMOTIONS if (frame["emotion"] == e).any())
@@ -293,20 +299,28 @@ def neutral_rows(lm: LM, dictionaries: Mapping[int, Dictionary], settings: Setti
     return steering.neutral_slopes(lm, ids, basis, units, dictionaries, samples=1, seed=settings.seed, progress=caption)
 
 
+def gain_learner(bench: Bench, neutral_MU: Array) -> Learner:
+    """The gains of all features that are active on the pool; `neutral_MU` is from `neutral_rows`."""
+    dictionaries = bench.dictionaries
+    units, _ = active_units(dictionaries, bench.pool)
+    layers = sorted(dictionaries)
+    starts = np.cumsum([0, *(dictionaries[x].n_features for x in layers)])
+    own_MU = neutral_MU[:, starts[np.searchsorted(layers, units.layer_U)] + units.unit_U]
+    return _learner(bench, steering.feature_basis(dictionaries), units, own_MU, GAIN)
+
+
 def learners(bench: Bench, settings: Settings, neutral_MU: Array) -> dict[str, Learner]:
     """The units of every method that learns gains; `neutral_MU` is from `neutral_rows`."""
     dictionaries = bench.dictionaries
     units, sizes = active_units(dictionaries, bench.pool)
     layers, basis = sorted(dictionaries), steering.feature_basis(dictionaries)
-    starts = np.cumsum([0, *(dictionaries[x].n_features for x in layers)])
-    neutral_MU = neutral_MU[:, starts[np.searchsorted(layers, units.layer_U)] + units.unit_U]
     active = {layer: units.unit_U[units.layer_U == layer] for layer in layers}
     shuffled = steering.shuffled_basis(dictionaries, active, settings.seed)
     # A fixed vector of each feature, as long as the feature's own contribution where it is active.
     vectors = {x: bank.writes_KD * _tensor(sizes[x].astype(np.float32))[:, None] for x, bank in basis.items()}
     additive = {x: steering.Bank(x, "norm", rows_KD) for x, rows_KD in vectors.items()}
     return {
-        GAIN: _learner(bench, basis, units, neutral_MU, GAIN),
+        GAIN: gain_learner(bench, neutral_MU),
         ADDITIVE: _learner(bench, additive, units, None, ADDITIVE),
         RANDOM: _learner(bench, shuffled, units, None, RANDOM),
     }
@@ -413,7 +427,7 @@ def weakest(bench: Bench, prior_E: Array | float, settings: Settings) -> str:
 # Predictions.
 
 
-def _said(
+def answers(
     rows: pd.DataFrame,
     labels: Sequence[str],
     scores_PE: Array,
@@ -488,7 +502,9 @@ def _few_shot(bench: Bench, settings: Settings) -> Iterator[pd.DataFrame]:
             scores_PE = scoring.read_out(bench.lm, prompts, mode="first", progress=caption).scores_PE
             prior_E = scoring.label_prior(bench.lm, **wording)
             for calibrated, shift_E in ((False, 0.0), (True, prior_E)):
-                yield _said(asked, labels, scores_PE - shift_E, FEW_SHOT, examples=n, draw=draw, calibrated=calibrated)
+                yield answers(
+                    asked, labels, scores_PE - shift_E, FEW_SHOT, examples=n, draw=draw, calibrated=calibrated
+                )
 
 
 @dataclass(frozen=True)
@@ -496,7 +512,7 @@ class Measured:
     """What one model did on one dataset.
 
     Attributes:
-        predictions: one row per text and method; see `_said`.
+        predictions: one row per text and method; see `answers`.
         steerings: what was learnt, by (method, examples per emotion, draw).
         targets: the weakest emotion without and with calibration.
         fits: one row per steering: units, penalty, largest gain, loss before and after.
@@ -518,7 +534,7 @@ def measure(
     made: dict[tuple[str, int, int], Steering] = {}
     caption = f"{lm.name}: {rows.dataset}, learning gains"
     for n, draw in tqdm(bench.draws, desc=caption, disable=scoring._quiet(caption)):
-        for method in LEARNT:
+        for method in LEARNT if n in settings.baseline_examples else (GAIN,):
             learner = _means_learner(bench, n, draw) if method == MEANS else learnt[method]
             made[method, n, draw] = fit_draw(bench, learner, n, draw, settings, method=method)
     main, everyone = settings.main_examples, range(settings.draws)
@@ -553,15 +569,17 @@ def measure(
             asked.append(({"method": TARGETED, "examples": main, "draw": draw, "target": emotion, "on": name}, one))
     tables = _ask(bench, asked)
     tables += [
-        _said(rows.test, labels, bench.test_scores_PE, RAW),
-        _said(rows.test, labels, bench.test_scores_PE - bench.prior_E, CALIBRATED, calibrated=True),
+        answers(rows.test, labels, bench.test_scores_PE, RAW),
+        answers(rows.test, labels, bench.test_scores_PE - bench.prior_E, CALIBRATED, calibrated=True),
         *_few_shot(bench, settings),
     ]
     for n, draw in tqdm(bench.draws, desc=f"{lm.name}: baselines", disable=scoring._quiet("x")):
-        tables.append(_said(rows.test, labels, _probe_scores(bench, n, draw, settings), PROBE, examples=n, draw=draw))
+        tables.append(answers(rows.test, labels, _probe_scores(bench, n, draw, settings), PROBE, examples=n, draw=draw))
+        if n not in settings.baseline_examples:
+            continue
         test_PE, free_PE = _low_rank(bench, n, draw, settings)
         for calibrated, shift_E in ((False, 0.0), (True, free_PE.mean(axis=0))):
-            said = _said(rows.test, labels, test_PE - shift_E, LORA, examples=n, draw=draw, calibrated=calibrated)
+            said = answers(rows.test, labels, test_PE - shift_E, LORA, examples=n, draw=draw, calibrated=calibrated)
             tables.append(said)
     predictions = pd.concat(tables, ignore_index=True).assign(model=lm.name, dataset=rows.dataset)
     return Measured(
@@ -583,7 +601,9 @@ def _ask(bench: Bench, asked: Sequence[tuple[dict[str, Any], Steering]]) -> list
         wanted = {RAW: [False], CALIBRATED: [True], None: [False, True]}[on]
         for calibrated in wanted:
             prior_E = (bench.prior_E if on else free_PE.mean(axis=0)) if calibrated else 0.0
-            tables.append(_said(bench.rows.test, bench.rows.labels, test_PE - prior_E, **facts, calibrated=calibrated))
+            tables.append(
+                answers(bench.rows.test, bench.rows.labels, test_PE - prior_E, **facts, calibrated=calibrated)
+            )
     return tables
 
 
@@ -765,17 +785,21 @@ def comparison_table(predictions: pd.DataFrame, settings: Settings) -> pd.DataFr
     return pd.DataFrame(records)
 
 
+def _on_same_texts(pooled: Pool, key: tuple[Any, ...], other: tuple[Any, ...], settings: Settings) -> Pool:
+    """The pool itself, or that of two methods alone where one was asked about a part of the other's texts."""
+    part, rival = pooled.said[key], pooled.said[other]
+    if len(set(part["row_id"])) == len(set(rival["row_id"])):
+        return pooled
+    return pool(pd.concat([part, rival[rival["row_id"].isin(part["row_id"])]]), settings)
+
+
 def _paired(
     pooled: Pool, key: tuple[Any, ...], other: tuple[Any, ...], part: pd.DataFrame, settings: Settings
 ) -> dict[str, float]:
     """Difference of macro-F1 with its interval, and McNemar's p."""
+    pooled = _on_same_texts(pooled, key, other, settings)
     rival = pooled.said[other]
     ours, theirs = pooled.samples[key]["macro_f1"], pooled.samples[other]["macro_f1"]
-    if len(set(part["row_id"])) < len(set(rival["row_id"])):
-        # A method asked about a part of the texts is compared on that part.
-        rival = rival[rival["row_id"].isin(part["row_id"])]
-        both = pool(pd.concat([part, rival]), settings)
-        ours, theirs = both.samples[key]["macro_f1"], both.samples[other]["macro_f1"]
     p_values = []
     for draw in sorted(part["draw"].unique()):
         one = part[part["draw"] == draw].set_index("row_id")
@@ -912,7 +936,7 @@ def written(
 RISE, WEAK_RISE, OTHERS_LOSS, PERPLEXITY_RISE = 0.0, 0.15, -0.03, 0.02
 
 
-def _verdict(value: float, low: float, high: float, bar: float, *, above: bool = True) -> str:
+def verdict_above(value: float, low: float, high: float, bar: float, *, above: bool = True) -> Verdict:
     """Supported if the whole interval is on the right side of the bar, not supported if on the wrong one."""
     if not above:
         value, low, high, bar = -value, -high, -low, -bar
@@ -921,7 +945,8 @@ def _verdict(value: float, low: float, high: float, bar: float, *, above: bool =
     return stats.NOT_SUPPORTED if high <= bar else stats.UNDECIDED
 
 
-def _all_of(verdicts: Sequence[str]) -> str:
+def all_of(verdicts: Sequence[str]) -> Verdict:
+    """The verdict on a whole: supported if every part is, not supported if one part is not."""
     return next((v for v in (stats.NOT_SUPPORTED, stats.UNDECIDED) if v in verdicts), stats.SUPPORTED)
 
 
@@ -954,9 +979,9 @@ def _improves(here: pd.DataFrame, where: Mapping[str, str], n: int) -> list[Clai
     made = []
     for part, (calibrated, versus, test) in parts.items():
         row = here[(here["calibrated"] == calibrated) & (here["versus"] == versus)].iloc[0]
-        verdict = _verdict(row["value"], row["low"], row["high"], RISE)
+        verdict = verdict_above(row["value"], row["low"], row["high"], RISE)
         made.append(_claim(where, "C5", part, row, "macro-F1", test, verdict))
-    whole = _all_of([c.verdict for c in made])
+    whole = all_of([c.verdict for c in made])
     test = "gains beat the raw answer, prior calibration with and without calibrating too, and random directions"
     row = here[(~here["calibrated"]) & (here["versus"] == RAW)].iloc[0]
     return [_claim(where, "C5", "", row, "macro-F1", test, whole), *made]
@@ -969,7 +994,7 @@ def _preserves(perplexity: pd.DataFrame, where: Mapping[str, str], settings: Set
         return []
     row = here.iloc[0]
     test = f"with gains at every position, perplexity of {row['text']} rises by at most {PERPLEXITY_RISE:.0%}"
-    verdict = _verdict(row["value"], row["low"], row["high"], PERPLEXITY_RISE, above=False)
+    verdict = verdict_above(row["value"], row["low"], row["high"], PERPLEXITY_RISE, above=False)
     return [_claim(where, "C6", "", row, "share of perplexity", test, verdict)]
 
 
@@ -981,16 +1006,16 @@ def _repairs(tables: Mapping[str, pd.DataFrame], where: Mapping[str, str], setti
         here = aimed[aimed["calibrated"] == calibrated].set_index("emotion")
         weak, others = here.loc[here["target"].iloc[0]], here.loc["others"]
         test = f"targeted gains raise the recall of {weak['target']}, weakest in the {name} answer, by 15 points"
-        verdict = _verdict(weak["value"], weak["low"], weak["high"], WEAK_RISE)
+        verdict = verdict_above(weak["value"], weak["low"], weak["high"], WEAK_RISE)
         made.append(_claim(where, "C8", f"weakest emotion, {name}", weak, "recall", test, verdict))
         test = "the other emotions lose at most 3 points of recall on average"
-        verdict = _verdict(others["value"], others["low"], others["high"], OTHERS_LOSS)
+        verdict = verdict_above(others["value"], others["low"], others["high"], OTHERS_LOSS)
         made.append(_claim(where, "C8", f"other emotions, {name}", others, "recall", test, verdict))
     row = spread_row(tables["spread"], where, settings)
     test = "global gains leave the recalls of the emotions less unequal than the raw answer does"
-    verdict = _verdict(row["value"], row["low"], row["high"], 0.0, above=False)
+    verdict = verdict_above(row["value"], row["low"], row["high"], 0.0, above=False)
     made.append(_claim(where, "C8", "all at once", row, "spread of recall", test, verdict))
-    whole = _all_of([c.verdict for c in made if "calibrated" not in c.part])
+    whole = all_of([c.verdict for c in made if "calibrated" not in c.part])
     test = (
         "targeted gains repair the weakest raw emotion at little cost to the others, and global gains even recalls out"
     )
@@ -1000,17 +1025,19 @@ def _repairs(tables: Mapping[str, pd.DataFrame], where: Mapping[str, str], setti
 def spread_table(predictions: pd.DataFrame, settings: Settings) -> pd.DataFrame:
     """How unequal the emotions are: standard deviation of recall over emotions, of every method and less the raw one.
 
-    Columns: model, dataset, method, examples, calibrated, versus ("" for the spread itself), value, low, high.
+    A method asked about a part of the texts is compared on that part. Columns: model, dataset, method, examples,
+    calibrated, versus ("" for the spread itself), value, low, high.
     """
     records = []
     for (model, dataset), here in predictions.groupby(["model", "dataset"]):
         pooled = pool(here, settings)
-        raw = next(samples for key, samples in pooled.samples.items() if key[0] == RAW)
-        for key, samples in pooled.samples.items():
+        raw = next(key for key in pooled.said if key[0] == RAW)
+        for key in pooled.said:
             if not _plain(key):
                 continue
             facts = {"model": model, "dataset": dataset} | dict(zip(KEYS[:3], key[:3], strict=True))
-            own_R, raw_R = samples["recall"].std(axis=1), raw["recall"].std(axis=1)
+            samples = _on_same_texts(pooled, key, raw, settings).samples
+            own_R, raw_R = (samples[x]["recall"].std(axis=1) for x in (key, raw))
             records.append(facts | {"versus": ""} | _interval(own_R))
             records.append(facts | {"versus": RAW} | _interval(own_R - raw_R))
     return pd.DataFrame(records)
@@ -1096,8 +1123,8 @@ def run_study(
         gc.collect()
     if not measured:
         raise EmosaeError(notes[0] if notes else "no model was named; set `model`")
-    joined = (pd.concat(x, ignore_index=True) for x in (effects, samples))
-    return Study(measured, *joined, absent, tuple(notes))
+    all_effects, all_samples = (pd.concat(x, ignore_index=True) for x in (effects, samples))
+    return Study(measured, all_effects, all_samples, absent, tuple(notes))
 
 
 def save(study: Study, settings: Settings, out_dir: Path) -> dict[str, pd.DataFrame]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,9 @@ import pandas as pd
 Array = np.ndarray[Any, np.dtype[Any]]
 
 # What a test of a claim may say.
-SUPPORTED, NOT_SUPPORTED, UNDECIDED = "supported", "not supported", "undecided"
+SUPPORTED: Final = "supported"
+NOT_SUPPORTED: Final = "not supported"
+UNDECIDED: Final = "undecided"
 
 
 @dataclass(frozen=True)

@@ -191,8 +191,8 @@ def _grouped(tracer: _Tracer) -> Iterator[None]:
     def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, suffix: Any = None, **options: Any) -> Any:
         parts, at = [], 0
         for own, width in suffix:
-            cut = (x[:, :, at : at + width] for x in (query, key, value))
-            parts.append(_suffix_attention(module, *cut, mask, suffix=own, **options)[0])
+            q, k, v = (x[:, :, at : at + width] for x in (query, key, value))
+            parts.append(_suffix_attention(module, q, k, v, mask, suffix=own, **options)[0])
             at += width
         return torch.cat(parts, dim=1), None
 
@@ -258,11 +258,14 @@ def steered_scores(
     Scores are label logits less their mean over labels. All steerings of a prompt are rows of one sweep.
 
     Raises:
-        EmosaeError: if there is no steering, or one was made for another model or width.
+        EmosaeError: if there is no steering, or one was made for another model or width, or the prompts were read by
+            another model.
     """
     _check(lm, steerings, dictionaries)
     plan = _compiled(steerings)
     ready = prompts if isinstance(prompts, Prepared) else prepare(lm, prompts, progress=progress)
+    if ready.tracer.source.name != lm.name:
+        raise EmosaeError(f"these prompts were read by {ready.tracer.source.name} and the model is {lm.name}")
     tracer, n, first = ready.tracer, len(steerings), min(plan, default=0)
     found = []
     for cleans in _batches(ready.clean, n):
@@ -293,6 +296,17 @@ def _check(lm: LM, steerings: Sequence[Steering], dictionaries: Mapping[int, Dic
                 raise EmosaeError(f"the steering has gains for layer {layer}, where it has no units")
             if bank.read == "feature" and layer not in dictionaries:
                 raise EmosaeError(f"the steering reads features of layer {layer}, which has no dictionary here")
+            if bank.read == "feature":
+                dictionary = dictionaries[layer]
+                if dictionary.n_features != len(bank):
+                    raise EmosaeError(
+                        f"the dictionary of layer {layer} has {dictionary.n_features} features and the steering was "
+                        f"made for {len(bank)}"
+                    )
+                if str(dictionary.sae.cfg.normalize_activations) == "layer_norm":
+                    raise EmosaeError(
+                        f"{dictionary.origin} rescales each input, so its decoder rows are not fixed directions"
+                    )
             if len(gains_K) != len(bank) or bank.writes_KD.shape[1] != lm.d_model:
                 raise EmosaeError(f"the gains or directions of layer {layer} do not fit the units or the model")
             if not np.isfinite(gains_K).all():
@@ -417,11 +431,11 @@ class Fit:
     """
 
     n_units: int = 500
-    penalties: Sequence[float] = (0.01, 0.03, 0.1, 0.3)
+    penalties: Sequence[float] = (0.03, 0.1)
     penalty: float = 0.1
     free_weight: float = 0.5
     neutral_weight: float = 0.0
-    steps: int = 1
+    steps: int = 3
 
 
 @dataclass(frozen=True)
@@ -501,7 +515,7 @@ def loss_slopes(first: Tangent, target_PE: Array) -> Array:
 
 
 def cross_validate(
-    first: Tangent, free: Tangent, target_XE: Array, fit: Fit, neutral_MU: Array, seed: int, n_folds: int = 5
+    first: Tangent, free: Tangent, target_XE: Array, fit: Fit, neutral_MU: Array, seed: int, n_folds: int = 3
 ) -> tuple[float, dict[float, float]]:
     """The penalty with the smallest loss on left-out examples, on the tangent; and the loss of each, nats.
 
@@ -765,7 +779,8 @@ def save_steering(folder: Path, steering: Steering, dictionaries: Mapping[int, D
     """Write a steering as safetensors and JSON: gains, directions, and which dictionaries its features are of."""
     from safetensors.numpy import save_file
 
-    tensors, banks = {}, {}
+    tensors: dict[str, Array] = {}
+    banks: dict[str, dict[str, str]] = {}
     for layer, gains_K in sorted(steering.gains.items()):
         bank = steering.basis[layer]
         tensors[f"{layer}.gains"] = np.asarray(gains_K, dtype=np.float32)
@@ -777,6 +792,8 @@ def save_steering(folder: Path, steering: Steering, dictionaries: Mapping[int, D
             }
         own_rows = bank.read == "feature" and bank.writes_from_K is None
         parts = {"reads": bank.reads_KD, "centre": bank.centre_D, "writes": None if own_rows else bank.writes_KD}
+        if bank.writes_from_K is not None:
+            tensors[f"{layer}.writes_from"] = np.asarray(bank.writes_from_K, dtype=np.int64)
         for name, tensor in parts.items():
             if tensor is not None:
                 tensors[f"{layer}.{name}"] = np.ascontiguousarray(tensor.cpu().numpy())
@@ -808,7 +825,11 @@ def load_steering(folder: Path, dictionaries: Mapping[int, Dictionary]) -> Steer
                 raise EmosaeError(f"the steering in {folder} needs {bank['origin']} for layer {layer} and {what}")
             writes_KD = here.sae.W_dec.detach().float() if writes_KD is None else writes_KD
         assert writes_KD is not None
-        basis[layer] = Bank(layer, bank["read"], writes_KD, tensors.get(f"{key}.reads"), tensors.get(f"{key}.centre"))
+        from_K = tensors.get(f"{key}.writes_from")
+        reads_KD, centre_D = tensors.get(f"{key}.reads"), tensors.get(f"{key}.centre")
+        # Without its origin a shuffled basis would be written as a plain one the next time.
+        writes_from_K = None if from_K is None else from_K.numpy()
+        basis[layer] = Bank(layer, bank["read"], writes_KD, reads_KD, centre_D, writes_from_K)
         gains[layer] = tensors[f"{key}.gains"].numpy().astype(float)
     return Steering(facts["model"], basis, gains, tuple(facts["labels"]), facts["provenance"])
 
@@ -900,6 +921,6 @@ def fit_low_rank(
                 scores_PE = torch.cat([_low_rank_scores(one, change, cleans) for cleans in _batches(one.clean, 1)])
                 loss = loss - (goal * torch.log_softmax(scores_PE, dim=1)).sum()
             optimiser.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimiser.step()
     return LowRank(layer, a_Z1.detach(), (scale * b_1D).detach())

@@ -146,3 +146,7 @@ def test_a_local_folder_works_through_the_same_door(smollm: LM, tmp_path: Path) 
 def test_unknown_architectures_are_said() -> None:
     with pytest.raises(EmosaeError, match="unknown place"):
         models.decoder_layers(torch.nn.Linear(2, 2))
+
+
+def test_a_model_says_briefly_what_it_is(smollm: LM) -> None:
+    assert repr(smollm) == "LM(smollm2-135m, 30 layers of 576, float32 on cpu)"
