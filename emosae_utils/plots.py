@@ -1123,7 +1123,7 @@ def steering_recalls(metrics: pd.DataFrame, examples: int) -> Figure:
             ax.axhline(1 / len(emotions), color="#999999", ls=":", lw=1)
             ax.set_xticks(range(len(stops)), list(stops), fontsize=8.5)
             ax.set_xlim(-0.35, len(stops) - 1 + 0.8)
-            ax.set_ylim(-0.05, 1.07)
+            ax.set_ylim(-0.1, 1.08)
             ax.set_title(f"{model} · {dataset}\n{'calibrated' if calibrated else 'as answered'}", fontsize=10)
         axes[0].set_ylabel("recall (share of texts)")
     return figure

@@ -226,7 +226,9 @@ def units_finding(tables: Tables, model: str, dataset: str, settings: Settings) 
     if fewer.empty:
         return f"**{model}** on {dataset}: macro-F1 is {whole}."
     first = fewer.iloc[0]
-    share = f" The {first['units']} keep {(first['value'] - raw) / (full - raw):.0%} of the rise." if full > raw else ""
+    kept = (first["value"] - raw) / (full - raw) if full > raw else np.nan
+    much = "at least as much as all of them" if kept >= 1 else f"{max(0.0, kept):.0%} of the rise"
+    share = "" if np.isnan(kept) else f" The {first['units']} alone give {much}."
     return f"**{model}** on {dataset}: macro-F1 is {raw:.2f} with none, {said}, {whole} features.{share}"
 
 
