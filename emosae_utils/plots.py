@@ -17,6 +17,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from emosae_utils import repair
 from emosae_utils.causal import CROSS, NEUTRAL, SAME_EMOTION, here
 from emosae_utils.difficulty import (
     CALIBRATED,
@@ -32,6 +33,7 @@ from emosae_utils.difficulty import (
 )
 from emosae_utils.effects import ALL_ROWS, CONTRAST, EFFECT, KINDS, PHASE_NAMES
 from emosae_utils.flow import ABOVE, MEAN, RESPONSIVE, TOP
+from emosae_utils.wording import only, places
 
 COLOURS: dict[str, str] = {
     "anger": "#D55E00",
@@ -1004,4 +1006,292 @@ def tracing_patching(tables: Tables, models: Sequence[str]) -> Figure:
         axes[0].set_ylabel("share of the difference carried")
     for ax in (grid[0][0], grid[0][2]):
         ax.legend(fontsize=7, loc="best")
+    return figure
+
+
+# One colour and one marker per method, in every figure of the chapter on steering.
+STEERING_STYLES: dict[str, tuple[str, str]] = {
+    repair.GAIN: ("#0072B2", "o"),
+    repair.ADDITIVE: ("#56B4E9", "s"),
+    repair.RANDOM: ("#999999", "X"),
+    repair.MEANS: ("#009E73", "^"),
+    repair.LORA: ("#D55E00", "P"),
+    repair.PROBE: ("#A6518A", "D"),
+    repair.FEW_SHOT: ("#E69F00", "v"),
+}
+
+
+def _steering_plain(metrics: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """A metric of every method as it was learnt: full strength, all its units, no target."""
+    return only(metrics, metric=metric, strength=1.0, units=0, target="")
+
+
+def _steering_panels(table: pd.DataFrame, columns: int, size: tuple[float, float], **share: Any) -> tuple[Figure, Any]:
+    """A row of panels per dataset and model."""
+    shown = places(table)
+    figure, grid = plt.subplots(
+        len(shown), columns, figsize=(size[0] * columns, size[1] * len(shown) + 0.5), squeeze=False, **share
+    )
+    return figure, list(zip(shown, grid, strict=True))
+
+
+def _levels(ax: Axes, plain: pd.DataFrame, along: str = "y") -> None:
+    """What needs no examples, as lines: the answer as it is, and prior calibration."""
+    line = ax.axhline if along == "y" else ax.axvline
+    for method, dash in ((repair.RAW, ":"), (repair.CALIBRATED, "--")):
+        name = "no steering" if method == repair.RAW else method
+        line(float(only(plain, method=method)["value"].iloc[0]), color="#444444", ls=dash, lw=1.1, label=name)
+
+
+def _dots(ax: Axes, x: Any, y: Any, colour: str, *, across: Any = None, up: Any = None, **style: Any) -> None:
+    """Points with the ends of their intervals, [low, high], drawn as they are: a point may lie outside its own."""
+    if across is not None:
+        ax.hlines(y, *across, color=colour, lw=1.2)
+    if up is not None:
+        ax.vlines(x, *up, color=colour, lw=1.2)
+    ax.plot(x, y, color=colour, **{"ls": "", "ms": 5.5, **style})
+
+
+def steering_examples(metrics: pd.DataFrame) -> Figure:
+    """Macro-F1 against examples per emotion: a row per dataset and model, answers as given and calibrated."""
+    table = _steering_plain(metrics, "macro_f1")
+    figure, rows = _steering_panels(table, 2, (4.7, 2.9), sharey=True)
+    numbers = sorted(set(table["examples"]) - {0})
+    for (dataset, model), axes in rows:
+        here = only(table, dataset=dataset, model=model)
+        for ax, calibrated in zip(axes, (False, True), strict=True):
+            _levels(ax, here)
+            for i, (method, (colour, marker)) in enumerate(STEERING_STYLES.items()):
+                # A probe has no label prior to take off; it is shown on both sides.
+                shown = calibrated and method != repair.PROBE
+                line = only(here, method=method, calibrated=shown).sort_values("examples")
+                if line.empty:
+                    continue
+                x = line["examples"].map(numbers.index) + (i - (len(STEERING_STYLES) - 1) / 2) * 0.07
+                mine = method == repair.GAIN
+                style = {"marker": marker, "ls": "-", "lw": 2.0 if mine else 1.1, "zorder": 4 if mine else 3}
+                _dots(ax, x, line["value"], colour, up=(line["low"], line["high"]), label=method, **style)
+            ax.set_xticks(range(len(numbers)), [str(n) for n in numbers])
+            ax.set_xlim(-0.4, len(numbers) - 0.6)
+            ax.set_title(f"{model} · {dataset}\n{'calibrated' if calibrated else 'as answered'}", fontsize=10)
+        axes[0].set_ylabel("macro-F1")
+        axes[0].set_ylim(0, None)
+    for ax in rows[-1][1]:
+        ax.set_xlabel("labelled examples per emotion")
+    _rows_legend(figure, [ax for _, axes in rows for ax in axes])
+    return figure
+
+
+def _rows_legend(figure: Figure, axes: Sequence[Axes], columns: int = 5) -> None:
+    """One legend below all panels, each name once."""
+    found = {n: h for ax in axes for h, n in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(found.values(), found, loc="outside lower center", ncols=columns, frameon=False, fontsize=8.5)
+
+
+def steering_recalls(metrics: pd.DataFrame, examples: int) -> Figure:
+    """Recall per emotion without steering, with gains and with targeted gains; a row per dataset and model.
+
+    Left the answers as given, right calibrated ones. A ring marks the emotion that targeted gains aim at.
+    """
+    table = only(metrics, metric="recall", strength=1.0, units=0)
+    figure, rows = _steering_panels(table, 2, (4.7, 3.1), sharey=True)
+    for (dataset, model), axes in rows:
+        here = only(table, dataset=dataset, model=model)
+        emotions = [e for e in COLOURS if e in set(here["emotion"])]
+        for ax, calibrated in zip(axes, (False, True), strict=True):
+            base = repair.CALIBRATED if calibrated else repair.RAW
+            stops = {
+                "prior\ncalibration" if calibrated else "no\nsteering": only(here, method=base),
+                "feature\ngains": only(here, method=repair.GAIN, examples=examples, calibrated=calibrated),
+                "targeted\ngains": only(here, method=repair.TARGETED, calibrated=calibrated),
+            }
+            aims = set(stops["targeted\ngains"]["target"])
+            last = []
+            for i, emotion in enumerate(emotions):
+                line = pd.concat([only(t, emotion=emotion) for t in stops.values()])
+                x = np.arange(len(line)) + (i - (len(emotions) - 1) / 2) * 0.055
+                up = (line["low"], line["high"])
+                _dots(ax, x, line["value"], COLOURS[emotion], up=up, marker=MARKERS[emotion])
+                # Two alternatives to the first stop, not a path through all three.
+                ax.plot(x[:2], line["value"][:2], color=COLOURS[emotion], lw=1.5)
+                if emotion in aims:
+                    ring = {"facecolors": "none", "edgecolors": "#222222", "lw": 1.3, "zorder": 5}
+                    ax.scatter(x[2:], line["value"][2:], s=130, **ring)
+                last.append(float(line["value"].iloc[-1]))
+            for emotion, y in zip(emotions, _spread_labels(last, 0.085), strict=True):
+                ax.text(len(stops) - 1 + 0.24, y, emotion, color=COLOURS[emotion], va="center", fontsize=8.5)
+            ax.axhline(1 / len(emotions), color="#999999", ls=":", lw=1)
+            ax.set_xticks(range(len(stops)), list(stops), fontsize=8.5)
+            ax.set_xlim(-0.35, len(stops) - 1 + 0.8)
+            ax.set_ylim(-0.1, 1.08)
+            ax.set_title(f"{model} · {dataset}\n{'calibrated' if calibrated else 'as answered'}", fontsize=10)
+        axes[0].set_ylabel("recall (share of texts)")
+    return figure
+
+
+def _cost_axis(ax: Axes, least: float, most: float, straight: float) -> None:
+    """An x axis that is linear near zero and logarithmic above `straight`, with few ticks in plain figures."""
+    ax.set_xscale("symlog", linthresh=straight, linscale=1)
+    above = [straight * m * 10**k for k in range(7) for m in (1, 4)]
+    ticks = [0.0, straight / 2, *(x for x in above if x < 1.5 * most)]
+    ax.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    ax.minorticks_off()
+    ax.set_xlim(min(1.3 * least, -straight / 5), max(1.6 * most, straight))
+
+
+def steering_trade(metrics: pd.DataFrame, perplexity: pd.DataFrame, examples: int) -> Figure:
+    """Macro-F1 against what steering does to running text, by strength; controls as points."""
+    scores = only(metrics, metric="macro_f1", calibrated=False, units=0, target="")
+    figure, rows = _steering_panels(scores, 2, (4.7, 2.9), sharey="row")
+    for (dataset, model), axes in rows:
+        here = only(scores, dataset=dataset, model=model)
+        raw = only(here, method=repair.RAW).iloc[0]
+        for ax, metric in zip(axes, ("perplexity", "kl"), strict=True):
+            cost = only(perplexity, dataset=dataset, model=model, metric=metric)
+            scale = 100 if metric == "perplexity" else 1
+            for method in (repair.RANDOM, repair.ADDITIVE, repair.GAIN):
+                both = only(here, method=method, examples=examples).merge(
+                    only(cost, method=method), on="strength", suffixes=("", "_cost")
+                )
+                both = both.sort_values("strength")
+                colour, marker = STEERING_STYLES[method]
+                x = scale * both["value_cost"]
+                ends = scale * both["low_cost"], scale * both["high_cost"]
+                up = (both["low"], both["high"])
+                _dots(ax, x, both["value"], colour, across=ends, up=up, marker=marker, label=method)
+                if method == repair.GAIN:
+                    ax.plot([0, *x], [raw["value"], *both["value"]], color=colour, lw=1.6)
+                    for at, y, strength in zip(x, both["value"], both["strength"], strict=True):
+                        note = {"xytext": (5, -11), "textcoords": "offset points", "fontsize": 8, "color": colour}
+                        ax.annotate(f"×{strength:g}", (at, y), **note)
+            ax.plot([0], [raw["value"]], marker="*", ms=11, ls="", color="#222222", label="no steering")
+            level = only(metrics, metric="macro_f1", dataset=dataset, model=model, method=repair.CALIBRATED)
+            ax.axhline(float(level["value"].iloc[0]), color="#444444", ls="--", lw=1.1, label=repair.CALIBRATED)
+            if metric == "perplexity":
+                ax.axvline(100 * repair.PERPLEXITY_RISE, color="#222222", lw=0.8)
+            ends = scale * cost["low"].min(), scale * cost["high"].max()
+            _cost_axis(ax, *ends, 5.0 if metric == "perplexity" else 0.01)
+            ax.set_title(f"{model} · {dataset}", fontsize=10)
+        axes[0].set_ylabel("macro-F1, as answered")
+    rows[-1][1][0].set_xlabel("rise of perplexity (%)")
+    rows[-1][1][1].set_xlabel("KL from the unsteered model\n(nats a token)")
+    _rows_legend(figure, [ax for _, axes in rows for ax in axes])
+    return figure
+
+
+def steering_units(metrics: pd.DataFrame, fits: pd.DataFrame, examples: int) -> Figure:
+    """Macro-F1 against the number of units that are turned up or down, as answered and calibrated."""
+    table = only(metrics, metric="macro_f1", strength=1.0, target="")
+    shown = places(table)
+    figure, axes = plt.subplots(
+        1, len(shown), figsize=(max(6.4, 3.4 * len(shown) + 0.6), 3.3), sharey=True, squeeze=False
+    )
+    for ax, (dataset, model) in zip(axes[0], shown, strict=True):
+        here = only(table, dataset=dataset, model=model)
+        all_units = only(fits, dataset=dataset, model=model, method=repair.GAIN, examples=examples)["units"].mean()
+        _levels(ax, here)
+        styles = ((False, "#0072B2", "o", "gains"), (True, "#D55E00", "s", "gains, calibrated"))
+        for calibrated, colour, marker, name in styles:
+            line = only(here, method=repair.GAIN, examples=examples, calibrated=calibrated)
+            line = line.assign(units=line["units"].where(line["units"] > 0, all_units)).sort_values("units")
+            up = (line["low"], line["high"])
+            _dots(ax, line["units"], line["value"], colour, up=up, marker=marker, ls="-", lw=1.5, label=name)
+        counts = sorted(set(line["units"]))
+        ax.set_xscale("log")
+        ax.set_xticks(counts, [f"{x:.0f}" for x in counts])
+        ax.minorticks_off()
+        ax.set_xlabel("features with a gain")
+        ax.set_title(f"{model}\n{dataset}", fontsize=10)
+    axes[0][0].set_ylabel("macro-F1")
+    axes[0][0].set_ylim(0, None)
+    _rows_legend(figure, list(axes[0]))
+    return figure
+
+
+def steering_calibration(metrics: pd.DataFrame, examples: int) -> Figure:
+    """Macro-F1 and calibration error of every method at one number of examples; a row per dataset, models by marker."""
+    tables = {m: _steering_plain(metrics, m) for m in ("macro_f1", "calibration_error")}
+    datasets, models = (list(dict.fromkeys(tables["macro_f1"][c])) for c in ("dataset", "model"))
+    tables = {m: t[t["examples"].isin([0, examples])] for m, t in tables.items()}
+    order = [m for m in repair.METHODS if m in set(tables["macro_f1"]["method"])]
+    figure, grid = plt.subplots(
+        len(datasets), 2, figsize=(9.4, 0.34 * len(order) * len(datasets) + 1.3), sharey=True, squeeze=False
+    )
+    for axes, dataset in zip(grid, datasets, strict=True):
+        for ax, (metric, table) in zip(axes, tables.items(), strict=True):
+            here = only(table, dataset=dataset)
+            for k, (model, colour) in enumerate(zip(models, MODEL_COLOURS, strict=False)):
+                for calibrated in (False, True):
+                    line = only(here, model=model, calibrated=calibrated)
+                    y = line["method"].map(order.index) + (k - (len(models) - 1) / 2) * 0.34 + (calibrated - 0.5) * 0.15
+                    style = {"marker": "os^v"[k], "mfc": "white" if calibrated else colour, "ms": 5}
+                    name = f"{model}, {'calibrated' if calibrated else 'as answered'}"
+                    _dots(ax, line["value"], y, colour, across=(line["low"], line["high"]), label=name, **style)
+            ax.set_yticks(range(len(order)), ["no steering" if m == repair.RAW else m for m in order])
+            ax.set_ylim(len(order) - 0.4, -0.6)
+            ax.set_xlim(0, None)
+            ax.set_title(f"{dataset} · {'macro-F1' if metric == 'macro_f1' else 'calibration error'}", fontsize=10)
+    _rows_legend(figure, list(grid.ravel()), 2)
+    return figure
+
+
+def steering_targeted(targeted: pd.DataFrame) -> Figure:
+    """Change of recall under gains aimed at one emotion; a row per dataset and model, as answered and calibrated."""
+    figure, rows = _steering_panels(targeted, 2, (4.4, 2.5), sharex=True, sharey=True)
+    order = [*(e for e in COLOURS if e in set(targeted["emotion"])), "others"]
+    names = [*order[:-1], "mean of others"]
+    for (dataset, model), axes in rows:
+        for ax, calibrated in zip(axes, (False, True), strict=True):
+            here = only(targeted, dataset=dataset, model=model, calibrated=calibrated).set_index("emotion")
+            target = str(here["target"].iloc[0])
+            for y, emotion in enumerate(order):
+                if emotion not in here.index:
+                    continue
+                row = here.loc[emotion]
+                colour, marker = COLOURS.get(emotion, "#222222"), MARKERS.get(emotion, "o")
+                _dots(ax, row["value"], y, colour, across=(row["low"], row["high"]), marker=marker, ms=6)
+            ax.axhspan(order.index(target) - 0.42, order.index(target) + 0.42, color="#DDDDDD", alpha=0.6, lw=0)
+            ax.axvline(0, color="#444444", lw=0.8)
+            for emotion, bar in ((target, repair.WEAK_RISE), ("others", repair.OTHERS_LOSS)):
+                y = order.index(emotion)
+                ax.plot([bar, bar], [y - 0.42, y + 0.42], color="#222222", lw=1.6)
+            ax.set_yticks(range(len(order)), names, fontsize=9)
+            ax.set_ylim(len(order) - 0.4, -0.6)
+            ax.set_title(f"{model} · {dataset}\n{'calibrated' if calibrated else 'as answered'}", fontsize=10)
+    for ax in rows[-1][1]:
+        ax.set_xlabel("change of recall")
+    return figure
+
+
+def _in_brackets(emotions: str) -> str:
+    """The first two of a list of emotions, and how many more there are."""
+    first, more = emotions.split(", ")[:2], len(emotions.split(", ")) - 2
+    return f" ({', '.join(first)}{f' +{more}' if more > 0 else ''})" if emotions else ""
+
+
+def steering_turned(turned: pd.DataFrame, count: int = 12) -> Figure:
+    """The features whose gain is furthest from one on average over example draws, with the range of the draws."""
+    shown = places(turned)
+    n_columns = min(2, len(shown))
+    n_rows = -(-len(shown) // n_columns)
+    figure, grid = plt.subplots(
+        n_rows, n_columns, figsize=(4.8 * n_columns, 0.27 * count * n_rows + 1.0), squeeze=False, sharex=True
+    )
+    for ax in grid.ravel()[len(shown) :]:
+        ax.set_axis_off()
+    for ax, (dataset, model) in zip(grid.ravel(), shown, strict=False):
+        here = only(turned, dataset=dataset, model=model).head(count)
+        y = np.arange(len(here))
+        error = [here["gain"] - here["least"], here["most"] - here["gain"]]
+        colours = ["#0072B2" if g > 1 else "#D55E00" for g in here["gain"]]
+        ax.barh(y, here["gain"] - 1, left=1, color=colours, alpha=0.75, height=0.62)
+        ax.errorbar(here["gain"], y, xerr=error, fmt="none", ecolor="#222222", elinewidth=1)
+        ax.axvline(1, color="#444444", lw=0.8)
+        names = [f"L{r.layer} · {r.feature}{_in_brackets(r.emotions)}" for r in here.itertuples()]
+        ax.set_yticks(y, names, fontsize=8)
+        ax.set_ylim(len(here) - 0.4, -0.6)
+        ax.set_title(f"{model} · {dataset}", fontsize=10)
+        ax.grid(axis="y", visible=False)
+    for ax in grid[-1]:
+        ax.set_xlabel("gain")
     return figure
