@@ -94,7 +94,7 @@ class Learnt:
     """What one model took from one source dataset.
 
     Attributes:
-        steerings: by draw of examples.
+        steerings: by draw of examples; in a `Study` without their directions.
         labels: of the source.
         pairs: (layer, feature) of each unit.
         row_ids: texts that effects were read on.
@@ -206,9 +206,12 @@ def run_study(
             found = learn(lm, rows, dictionaries, neutral_MU, settings)
             own[rows.dataset] = replace(found, steerings=tuple(replace(s, basis=basis) for s in found.steerings))
         said += [ask(lm, rows, own, dictionaries, settings) for rows in targets]
-        learnt |= {(model, dataset): found for dataset, found in own.items()}
+        # Gains and effects stay; the directions would keep every dictionary in memory.
+        for dataset, found in own.items():
+            bare = tuple(replace(s, basis={}) for s in found.steerings)
+            learnt[model, dataset] = replace(found, steerings=bare)
         # Two models need not fit into memory together.
-        del lm, dictionaries, basis
+        del lm, dictionaries, basis, own, found
         gc.collect()
     if not learnt:
         raise EmosaeError(notes[-1] if notes else "no model was named; set `model`")
@@ -238,7 +241,11 @@ def transfer_samples(predictions: pd.DataFrame, settings: Settings) -> dict[tupl
             for versus, (calibrated, rival) in VERSUS.items():
                 if key[0] == GAIN and key[2] == calibrated:
                     found[str(model), str(key[5]), str(target), versus] = samples["macro_f1"] - base[rival]
-    return found
+    # Model by model, sources and targets in the order in which datasets were named.
+    place = {d: i for i, d in enumerate(dict.fromkeys(predictions["dataset"]))}
+    models = list(dict.fromkeys(predictions["model"]))
+    order = sorted(found, key=lambda k: (models.index(k[0]), place[k[1]], place[k[2]]))
+    return {key: found[key] for key in order}
 
 
 def _estimate(samples_R: Array) -> dict[str, float]:
@@ -449,12 +456,16 @@ def _claim(model: str, versus: str, row: Any, source: str) -> Claim:
 
 
 def save(study: Study, settings: Settings, out_dir: Path) -> dict[str, pd.DataFrame]:
-    """Compute the chapter's tables, write each as parquet into `out_dir`, and return them by name; also the claims."""
+    """Compute the chapter's tables, write each as parquet into `out_dir`, and return them by name; also the claims.
+
+    In "predictions" and "metrics" the columns source ("" without steering) and target are datasets, as in "transfer".
+    """
+    datasets = {"target": "source", "dataset": "target"}
     transfer = transfer_table(transfer_samples(study.predictions, settings))
     tables = {
-        "predictions": study.predictions,
+        "predictions": study.predictions.rename(columns=datasets),
         "transfer": transfer,
-        "metrics": repair.metrics_table(study.predictions, settings.for_repair()),
+        "metrics": repair.metrics_table(study.predictions, settings.for_repair()).rename(columns=datasets),
         "overlap": overlap_table(study.learnt, settings),
         "matches": match_table(study.learnt, settings),
     }
@@ -470,7 +481,9 @@ def save(study: Study, settings: Settings, out_dir: Path) -> dict[str, pd.DataFr
 
 
 def _number(row: Any, sign: str = "+") -> str:
-    return f"{row['value']:{sign}.2f} [{row['low']:{sign}.2f}, {row['high']:{sign}.2f}]"
+    # Without the sign of a zero.
+    value, low, high = (round(float(row[x]), 2) + 0.0 for x in ("value", "low", "high"))
+    return f"{value:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]"
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -489,10 +502,10 @@ def setting(study: Study, settings: Settings) -> str:
         f"Gains are learnt on {draws} of {settings.examples} examples per emotion of each of {len(labels)} datasets. "
         f"Test texts: {', '.join(f'{d} {n}' for d, n in asked.items())}."
     ]
-    for dataset, own in labels.items():
-        lacking = [e for e in EMOTIONS if e not in own]
+    for emotion in EMOTIONS:
+        lacking = [d for d, own in labels.items() if emotion not in own]
         if lacking:
-            lines[0] += f" {dataset} has no {_listed(lacking)}: no gain learnt there was ever shown that emotion."
+            lines[0] += f" Without {emotion}: {_listed(lacking)}; no gain learnt there was shown that emotion."
     for model in dict.fromkeys(m for m, _ in study.learnt):
         mine = {d: found for (m, d), found in study.learnt.items() if m == model}
         layers = len(np.unique(next(iter(mine.values())).pairs[:, 0]))
@@ -504,7 +517,7 @@ def setting(study: Study, settings: Settings) -> str:
         )
     if study.absent:
         lines.append(f"Not on this machine, so left out: {_listed(study.absent)}.")
-    return "\n\n".join([*lines, *(f"{note[0].upper()}{note[1:]}." for note in study.notes)])
+    return "\n\n".join([*lines, *(f"{note}." for note in study.notes)])
 
 
 def _span(numbers: Sequence[int]) -> str:
@@ -512,27 +525,25 @@ def _span(numbers: Sequence[int]) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def _direction(row: Any) -> str:
-    """Which side of zero an interval lies on."""
-    return "helps" if row["low"] > 0 else "harms" if row["high"] < 0 else "is open"
-
-
 def transfer_finding(table: pd.DataFrame, model: str) -> str:
     """One paragraph on what the gains of one model are worth elsewhere, and the verdict on C7."""
     here = table[table["model"] == model]
     whole = here[here["source"] == EVERY].set_index(["target", "versus"])
     sources = [s for s in dict.fromkeys(here["source"]) if s != EVERY]
-    means = "; ".join(f"{versus}, {_number(whole.loc[(OTHERS, versus)])}" for versus in VERSUS)
-    text = f"**{model}**: on datasets they were not learnt on, gains change macro-F1 by, on average, {means}."
+    away, home, lost = (
+        _listed([f"{_number(whole.loc[(target, versus)])} {versus}" for versus in VERSUS])
+        for target in (OTHERS, SAME, LOST)
+    )
     pairs = here[here["source"].isin(sources) & here["target"].isin(sources) & (here["source"] != here["target"])]
-    for versus in VERSUS:
-        ways = [_direction(row) for _, row in pairs[pairs["versus"] == versus].iterrows()]
-        text += (
-            f" {versus[0].upper()}{versus[1:]}, the interval is above zero in {ways.count('helps')} of {len(ways)} "
-            f"pairs and below it in {ways.count('harms')}. Gains learnt on the dataset itself change macro-F1 by "
-            f"{_number(whole.loc[(SAME, versus)])}; the others' change is that much more or less: "
-            f"{_number(whole.loc[(LOST, versus)])}."
-        )
+    by_versus = [pairs[pairs["versus"] == versus] for versus in VERSUS]
+    above = _listed([str((rows["low"] > 0).sum()) for rows in by_versus])
+    below = _listed([str((rows["high"] < 0).sum()) for rows in by_versus])
+    text = (
+        f"**{model}**: on datasets they were not learnt on, gains change macro-F1 by, on average, {away}. In the same "
+        f"order, of {len(by_versus[0])} pairs {above} have their whole interval above zero, {below} below. On other "
+        f"texts of the dataset they were learnt on the change is {home}; what carries over differs from that by "
+        f"{lost}."
+    )
     parts = [c for c in claims(here) if not c.part.startswith("from ")]
     verdicts = "; ".join(f"{c.part}: {c.verdict}" for c in parts if c.part)
     return f"{text} C7 is **{parts[0].verdict}** ({verdicts})."
@@ -554,7 +565,7 @@ def overlap_finding(table: pd.DataFrame, model: str) -> str:
         f"**{model}**: the causal features of an emotion on two datasets overlap by {mean['value']:.2f} on average; "
         f"random sets of as many features by {mean['chance']:.2f}, and with shuffled labels "
         f"{mean['shuffled']:.2f}. The overlap exceeds 95 % of the shuffles in {above:.0%} of {len(apart)} comparisons "
-        f"(a pair of datasets and an emotion). The effects of all features correlate by "
+        f"(a pair of datasets and an emotion; by chance 5 % would). The effects of all features correlate by "
         f"{mean['rank_correlation']:.2f}, beyond 95 % of the shuffles in {ranks.mean():.0%}."
     )
     by_emotion = _means(apart, ["emotion"])["value"]
@@ -566,7 +577,7 @@ def overlap_finding(table: pd.DataFrame, model: str) -> str:
     if len(halved):
         text += (
             f" The halves of one dataset, each with half of the texts, agree by {halved['value'].mean():.2f} and "
-            f"correlate by {halved['rank_correlation'].mean():.2f}: that much is noise of few texts, not of datasets."
+            f"correlate by {halved['rank_correlation'].mean():.2f}: the yardstick for differences between datasets."
         )
     return text
 

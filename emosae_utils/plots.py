@@ -16,6 +16,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from emosae_utils.difficulty import (
     CALIBRATED,
@@ -780,24 +781,29 @@ def generalisation_transfer(table: pd.DataFrame) -> Figure:
         len(models), len(VERSUS_STYLES), figsize=(3 * side + 1.5, (side + 0.7) * len(models)),
         sharex=True, sharey=True, squeeze=False,
     )  # fmt: skip
-    # Like every bound of a scale, this one leaves out the few largest.
+    # A few large changes must not wash out the rest.
     bound = max(0.05, float(np.quantile(np.abs(pairs["value"]), 0.95)))
-    for row, model in zip(grid, models, strict=True):
-        for ax, versus in zip(row, VERSUS_STYLES, strict=True):
+    for i, model in enumerate(models):
+        for ax, versus in zip(grid[i], VERSUS_STYLES, strict=True):
             here = pairs[(pairs["model"] == model) & (pairs["versus"] == versus)]
             values, low, high = (
                 here.pivot_table(index="source", columns="target", values=v).reindex(index=sources, columns=sources)
                 for v in ("value", "low", "high")
             )
             clear = (low > 0) | (high < 0)
-            words = values.map("{:+.2f}".format).where(~clear, values.map("{:+.2f}*".format))
+            # Without the sign of a zero.
+            shown = values.round(2) + 0.0
+            words = shown.map("{:+.2f}".format).where(~clear, shown.map("{:+.2f}*".format))
             style: dict[str, Any] = {"cmap": "vlag", "center": 0, "vmin": -bound, "vmax": bound, "square": True}
             sns.heatmap(values, ax=ax, annot=words, fmt="", annot_kws={"size": 7.5}, cbar=False, **style)
-            for i in range(len(sources)):
-                ax.add_patch(plt.Rectangle((i, i), 1, 1, fill=False, edgecolor="#222222", lw=1.3, clip_on=False))
-            ax.set_title(f"{model}\n{versus}" if ax is row[0] else versus, fontsize=10)
-            ax.set_xlabel("measured on" if row is grid[-1] else "")
-            ax.set_ylabel("learnt on" if ax is row[0] else "")
+            for text, value in zip(ax.texts, values.to_numpy().ravel(), strict=True):
+                text.set_color("white" if abs(value) > 0.75 * bound else "#222222")
+            for k in range(len(sources)):
+                ax.add_patch(Rectangle((k, k), 1, 1, fill=False, edgecolor="#222222", lw=1.3, clip_on=False))
+            first = ax is grid[i][0]
+            ax.set_title(f"{model}\n{versus}" if first else versus, fontsize=10)
+            ax.set_xlabel("measured on" if i == len(models) - 1 else "")
+            ax.set_ylabel("learnt on" if first else "")
             ax.grid(False)
             ax.tick_params(axis="x", rotation=40)
             ax.tick_params(axis="y", rotation=0)
@@ -836,8 +842,7 @@ def generalisation_means(table: pd.DataFrame) -> Figure:
         ax.set_xlabel("change of macro-F1 on the other datasets")
         ax.set_title(model)
     axes[0][0].set_ylabel("learnt on")
-    handles, names = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    _flow_legend(figure, [axes[0][0]])
     return figure
 
 
@@ -848,7 +853,7 @@ def _by_emotion(ax: Axes, table: pd.DataFrame, value: str, references: dict[str,
         here, colour = table[table["emotion"] == emotion], COLOURS[emotion]
         spread = np.linspace(-0.16, 0.16, len(here)) if len(here) > 1 else np.zeros(1)
         ax.plot(here[value], y + spread, ls="", marker=".", ms=4, color=colour, alpha=0.6)
-        ax.plot(here[value].mean(), y, ls="", marker=MARKERS[emotion], ms=8, color=colour, mec="white")
+        ax.plot(here[value].mean(), y, ls="", marker=MARKERS[emotion], ms=8, color=colour, mec="white", mew=0.5)
     means = table.groupby("emotion").mean(numeric_only=True).loc[emotions]
     for column, (label, colour, dash) in references.items():
         for y, x in enumerate(means[column]):
@@ -876,6 +881,7 @@ def generalisation_overlap(table: pd.DataFrame) -> Figure:
         _by_emotion(left, here, "value", {"chance": chance, "shuffled_high": shuffled})
         _by_emotion(middle, here, "rank_correlation", {"rank_high": shuffled})
         middle.axvline(0, color="#444444", lw=0.8)
+        middle.tick_params(axis="y", labelleft=False)
         left.set_title(f"{model}\noverlap (Jaccard)", fontsize=10)
         middle.set_title("correlation of effects (ranks)", fontsize=10)
         left.set_xlim(0, None)
@@ -883,7 +889,7 @@ def generalisation_overlap(table: pd.DataFrame) -> Figure:
         own = table[table["model"] == model].groupby(["first", "second"])["value"].mean()
         for (first, second), value in own.items():
             values.loc[first, second] = values.loc[second, first] = value
-        _square(right, values, "overlap by pair; diagonal: halves", cmap="cividis", vmin=0)
+        _square(right, values, "overlap by pair", cmap="cividis", vmin=0)
         plt.setp(right.get_xticklabels(), ha="right", rotation_mode="anchor")
     for ax, label in zip(grid[-1], ("Jaccard overlap", "Spearman correlation", ""), strict=True):
         ax.set_xlabel(label)
