@@ -187,9 +187,10 @@ def run_study(
         try:
             targets.append(repair.choose_rows(load_corpus(name).frame, wanted))
         except EmosaeError as error:
-            notes.append(f"{name} was left out: {error}")
+            notes.append(f"Left out: {error}")
     if len(targets) < 2:
-        raise EmosaeError(f"transfer needs two datasets and there is {len(targets)}; name more in `datasets`")
+        why = "".join(f" ({note})" for note in notes)
+        raise EmosaeError(f"transfer needs two datasets and {len(targets)} can be used{why}; name more in `datasets`")
     learnt: dict[tuple[str, str], Learnt] = {}
     said: list[pd.DataFrame] = []
     for model in dict.fromkeys(models):
@@ -610,7 +611,7 @@ def claim_view(table: pd.DataFrame) -> pd.DataFrame:
     for one in claims(table):
         if one.part:
             source, _, versus = one.part.removeprefix("from ").rpartition(", ")
-            cell = f"{one.effect:+.2f} [{one.low:+.2f}, {one.high:+.2f}]: {one.verdict}"
+            cell = f"{_number({'value': one.effect, 'low': one.low, 'high': one.high})}: {one.verdict}"
             records.append({"model": one.model, "learnt on": source or EVERY, "versus": versus, "cell": cell})
         else:
             records.append({"model": one.model, "learnt on": EVERY, "versus": "C7", "cell": one.verdict})
