@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 
 from emosae_utils import repair, scoring, stats, steering
 from emosae_utils.data import EMOTIONS, load_corpus, which_are_here
@@ -94,7 +94,7 @@ class Learnt:
     """What one model took from one source dataset.
 
     Attributes:
-        steerings: by draw of examples.
+        steerings: by draw of examples; in a `Study` without their directions.
         labels: of the source.
         pairs: (layer, feature) of each unit.
         row_ids: texts that effects were read on.
@@ -187,9 +187,10 @@ def run_study(
         try:
             targets.append(repair.choose_rows(load_corpus(name).frame, wanted))
         except EmosaeError as error:
-            notes.append(f"{name} was left out: {error}")
+            notes.append(f"Left out: {error}")
     if len(targets) < 2:
-        raise EmosaeError(f"transfer needs two datasets and there is {len(targets)}; name more in `datasets`")
+        why = "".join(f" ({note})" for note in notes)
+        raise EmosaeError(f"transfer needs two datasets and {len(targets)} can be used{why}; name more in `datasets`")
     learnt: dict[tuple[str, str], Learnt] = {}
     said: list[pd.DataFrame] = []
     for model in dict.fromkeys(models):
@@ -206,9 +207,12 @@ def run_study(
             found = learn(lm, rows, dictionaries, neutral_MU, settings)
             own[rows.dataset] = replace(found, steerings=tuple(replace(s, basis=basis) for s in found.steerings))
         said += [ask(lm, rows, own, dictionaries, settings) for rows in targets]
-        learnt |= {(model, dataset): found for dataset, found in own.items()}
+        # Gains and effects stay; the directions would keep every dictionary in memory.
+        for dataset, found in own.items():
+            bare = tuple(replace(s, basis={}) for s in found.steerings)
+            learnt[model, dataset] = replace(found, steerings=bare)
         # Two models need not fit into memory together.
-        del lm, dictionaries, basis
+        del lm, dictionaries, basis, own, found
         gc.collect()
     if not learnt:
         raise EmosaeError(notes[-1] if notes else "no model was named; set `model`")
@@ -223,19 +227,26 @@ VERSUS = {
     "over prior calibration": (False, CALIBRATED),
     "on top of calibration": (True, CALIBRATED),
 }
+# Means in the table of transfer, and what the claim is about.
+EVERY, OTHERS, SAME, LOST = "all sources", "all others", "same dataset", "others less same"
+PAIRS = "pairs of datasets"
 
 
 def transfer_samples(predictions: pd.DataFrame, settings: Settings) -> dict[tuple[str, str, str, str], Array]:
     """Change of macro-F1 in every bootstrap sample, the data first, by (model, source, target, what is compared)."""
     found: dict[tuple[str, str, str, str], Array] = {}
-    for (model, target), here in predictions.groupby(["model", "dataset"]):
+    for (model, target), here in predictions.groupby(["model", "dataset"], sort=False):
         pooled = repair.pool(here, settings.for_repair())
         base = {key[0]: samples["macro_f1"] for key, samples in pooled.samples.items() if key[0] != GAIN}
         for key, samples in pooled.samples.items():
             for versus, (calibrated, rival) in VERSUS.items():
                 if key[0] == GAIN and key[2] == calibrated:
                     found[str(model), str(key[5]), str(target), versus] = samples["macro_f1"] - base[rival]
-    return found
+    # Model by model, sources and targets in the order in which datasets were named.
+    place = {d: i for i, d in enumerate(dict.fromkeys(predictions["dataset"]))}
+    models = list(dict.fromkeys(predictions["model"]))
+    order = sorted(found, key=lambda k: (models.index(k[0]), place[k[1]], place[k[2]]))
+    return {key: found[key] for key in order}
 
 
 def _estimate(samples_R: Array) -> dict[str, float]:
@@ -244,56 +255,129 @@ def _estimate(samples_R: Array) -> dict[str, float]:
 
 
 def transfer_table(samples: Mapping[tuple[str, str, str, str], Array]) -> pd.DataFrame:
-    """Change of macro-F1: model, source, target, versus, value, low, high; target "all others" is the mean of them."""
-    records = []
-    columns = ("model", "source", "target", "versus")
-    for where, samples_R in samples.items():
-        records.append({**dict(zip(columns, where, strict=True)), **_estimate(samples_R)})
-    for model, source, versus in dict.fromkeys((m, s, v) for m, s, _, v in samples):
-        others = [x for (m, s, t, v), x in samples.items() if (m, s, v) == (model, source, versus) and t != s]
-        key = dict(zip(columns, (model, source, "all others", versus), strict=True))
-        records.append({**key, **_estimate(np.mean(others, axis=0))})
-    return pd.DataFrame(records)
+    """Change of macro-F1: model, source, target, versus, value, low, high.
 
-
-def causal_sets(found: Learnt, top: int) -> tuple[dict[str, frozenset[tuple[int, int]]], dict[str, Array]]:
-    """The units whose loss costs an emotion's own texts most, beyond what it costs other texts; and all units' effects.
-
-    The effect is on the emotion's label score: its mean change on texts of the emotion less that on others, nats.
+    Beside every pair stand means: of one source over `OTHERS`, and of `EVERY` source over `OTHERS`, over the datasets
+    that gains were learnt on (`SAME`), and the former less the latter (`LOST`). Datasets weigh alike.
     """
-    sets, effects = {}, {}
-    for k, emotion in enumerate(found.labels):
-        own_P = found.y_P == k
-        effect_U = found.effects_PEU[own_P, k].mean(axis=0) - found.effects_PEU[~own_P, k].mean(axis=0)
-        chosen = np.argsort(effect_U, kind="stable")[:top]
-        sets[emotion] = frozenset((int(a), int(b)) for a, b in found.pairs[chosen[effect_U[chosen] < 0]])
-        effects[emotion] = effect_U
-    return sets, effects
+    columns = ("model", "source", "target", "versus")
+    found = dict(samples)
+    for model, versus in dict.fromkeys((m, v) for m, _, _, v in samples):
+        here = {(s, t): x for (m, s, t, v), x in samples.items() if (m, v) == (model, versus)}
+        for source in dict.fromkeys(s for s, _ in here):
+            others = [x for (s, t), x in here.items() if s == source and t != s]
+            found[model, source, OTHERS, versus] = np.mean(others, axis=0)
+        away, home = (np.mean([x for (s, t), x in here.items() if (s == t) is own], axis=0) for own in (False, True))
+        for target, samples_R in ((OTHERS, away), (SAME, home), (LOST, away - home)):
+            found[model, EVERY, target, versus] = samples_R
+    return pd.DataFrame([dict(zip(columns, key, strict=True)) | _estimate(x) for key, x in found.items()])
+
+
+def causal_effects(found: Learnt, y_P: Array | None = None) -> Array:
+    """What the loss of each unit costs each emotion's own texts beyond what it costs other texts, [E, U], nats.
+
+    The effect is on the emotion's label score: its mean change on texts of the emotion less that on others. `y_P` puts
+    other labels in the place of the texts' own.
+    """
+    own_EP = np.arange(len(found.labels))[:, None] == (found.y_P if y_P is None else y_P)
+    weights_EP = own_EP / own_EP.sum(axis=1, keepdims=True) - ~own_EP / (~own_EP).sum(axis=1, keepdims=True)
+    rows = [w_P.astype(np.float32) @ found.effects_PEU[:, k] for k, w_P in enumerate(weights_EP)]
+    effects_EU: Array = np.stack(rows)
+    return effects_EU
+
+
+def top_units(effects_EU: Array, top: int) -> list[Array]:
+    """Places of the units whose loss costs each emotion most, at most `top`, all of them with a cost."""
+    n = min(top, effects_EU.shape[1])
+    chosen = [np.argpartition(effect_U, n - 1)[:n] for effect_U in effects_EU]
+    return [np.sort(at[effect_U[at] < 0]) for at, effect_U in zip(chosen, effects_EU, strict=True)]
+
+
+def causal_sets(found: Learnt, top: int) -> dict[str, frozenset[tuple[int, int]]]:
+    """The causal features of each emotion as (layer, feature); see `causal_effects`."""
+    return {e: _pairs(found, at) for e, at in zip(found.labels, top_units(causal_effects(found), top), strict=True)}
+
+
+def _pairs(found: Learnt, at: Array) -> frozenset[tuple[int, int]]:
+    return frozenset((int(a), int(b)) for a, b in found.pairs[at])
+
+
+def halves(found: Learnt) -> tuple[Learnt, Learnt]:
+    """Every other text of each emotion, and the rest."""
+    place_P = np.zeros(len(found.y_P), dtype=int)
+    for k in range(len(found.labels)):
+        own = np.flatnonzero(found.y_P == k)
+        place_P[own] = np.arange(len(own))
+    kept = [np.flatnonzero(place_P % 2 == half) for half in (0, 1)]
+    first, second = (
+        replace(
+            found,
+            row_ids=tuple(found.row_ids[p] for p in at),
+            y_P=found.y_P[at],
+            effects_PEU=found.effects_PEU[at],
+        )
+        for at in kept
+    )
+    return first, second
 
 
 def overlap_table(learnt: Mapping[tuple[str, str], Learnt], settings: Settings) -> pd.DataFrame:
-    """How far two datasets agree on the causal features of an emotion.
+    """How far two datasets agree on the causal features of an emotion; and, as a ceiling, the halves of one dataset.
 
-    Columns: model, first, second, emotion, both (features), value (Jaccard), chance (of random sets of as many in each
-    layer, among units active in both), rank_correlation (Spearman, of the effects of units active in both).
+    Columns: model, first, second (the same name for halves), emotion, both (features), value (Jaccard), chance (of
+    random sets of as many in each layer, among units active in both), shuffled and shuffled_high (mean and 95th
+    percentile when the labels of the second dataset's texts are shuffled, which keeps units that sway scores anyway),
+    rank_correlation (Spearman, of the effects of units active in both) and rank_high (95th percentile when shuffled).
     """
     records = []
     for model in dict.fromkeys(m for m, _ in learnt):
-        for first, second in combinations([d for m, d in learnt if m == model], 2):
-            one, two = learnt[model, first], learnt[model, second]
-            place = {tuple(pair): i for i, pair in enumerate(two.pairs.tolist())}
-            shared = [(i, place[tuple(pair)]) for i, pair in enumerate(one.pairs.tolist()) if tuple(pair) in place]
-            at = np.array(shared, dtype=int).reshape(-1, 2)
-            universe = frozenset((int(a), int(b)) for a, b in one.pairs[at[:, 0]])
-            (sets, effects), (other_sets, other_effects) = (causal_sets(x, settings.top) for x in (one, two))
-            for emotion in [e for e in EMOTIONS if e in sets and e in other_sets]:
-                mine, theirs = sets[emotion] & universe, other_sets[emotion] & universe
-                ranks = spearmanr(effects[emotion][at[:, 0]], other_effects[emotion][at[:, 1]])[0]
-                key = {"model": model, "first": first, "second": second, "emotion": emotion}
-                values = {"both": len(mine & theirs), "value": jaccard(mine, theirs)}
-                chance = chance_jaccard(mine, theirs, universe)
-                records.append(key | values | {"chance": chance, "rank_correlation": float(ranks)})
+        own = {d: found for (m, d), found in learnt.items() if m == model}
+        for name, found in own.items():
+            if np.bincount(found.y_P).min() > 1:
+                records += _overlaps({"model": model, "first": name, "second": name}, *halves(found), settings)
+        for first, second in combinations(own, 2):
+            key = {"model": model, "first": first, "second": second}
+            records += _overlaps(key, own[first], own[second], settings)
     return pd.DataFrame(records)
+
+
+def _overlaps(key: Mapping[str, str], one: Learnt, two: Learnt, settings: Settings) -> list[dict[str, Any]]:
+    place = {tuple(pair): i for i, pair in enumerate(two.pairs.tolist())}
+    shared = [(i, place[tuple(pair)]) for i, pair in enumerate(one.pairs.tolist()) if tuple(pair) in place]
+    at = np.array(shared, dtype=int).reshape(-1, 2)
+    if not len(at):
+        return []
+    # From here on every unit is one that is active in both.
+    one, two = (
+        replace(found, pairs=found.pairs[i], effects_PEU=found.effects_PEU[:, :, i])
+        for found, i in zip((one, two), at.T, strict=True)
+    )
+    universe = _pairs(one, np.arange(len(at)))
+    rng = np.random.default_rng(settings.seed)
+    mine_EU, theirs_EU = causal_effects(one), causal_effects(two)
+    null = [causal_effects(two, rng.permutation(two.y_P)) for _ in range(settings.shuffles)]
+    mine, theirs = (top_units(x, settings.top) for x in (mine_EU, theirs_EU))
+    null_tops = [top_units(x, settings.top) for x in null]
+    records = []
+    for emotion in [e for e in EMOTIONS if e in one.labels and e in two.labels]:
+        i, j = one.labels.index(emotion), two.labels.index(emotion)
+        sets = frozenset(mine[i].tolist()), frozenset(theirs[j].tolist())
+        by_layer = _pairs(one, mine[i]), _pairs(two, theirs[j])
+        ranks_U = rankdata(mine_EU[i])
+        shuffled = [jaccard(sets[0], frozenset(tops[j].tolist())) for tops in null_tops]
+        rank_null = [_correlation(ranks_U, rankdata(x[j])) for x in null]
+        values = {"both": float(len(sets[0] & sets[1])), "value": jaccard(*sets)}
+        values |= {"chance": chance_jaccard(*by_layer, universe)}
+        values |= {"shuffled": float(np.mean(shuffled)), "shuffled_high": float(np.quantile(shuffled, 0.95))}
+        values |= {"rank_correlation": _correlation(ranks_U, rankdata(theirs_EU[j]))}
+        values |= {"rank_high": float(np.quantile(rank_null, 0.95))}
+        records.append({**key, "emotion": emotion, **values})
+    return records
+
+
+def _correlation(a_U: Array, b_U: Array) -> float:
+    a_U, b_U = a_U - a_U.mean(), b_U - b_U.mean()
+    return float(a_U @ b_U / max(1e-12, float(np.linalg.norm(a_U) * np.linalg.norm(b_U))))
 
 
 def match_table(learnt: Mapping[tuple[str, str], Learnt], settings: Settings) -> pd.DataFrame:
@@ -301,9 +385,10 @@ def match_table(learnt: Mapping[tuple[str, str], Learnt], settings: Settings) ->
 
     A feature's profile is its effect on every label score of every text. Of the causal features of an emotion in one
     model, each is matched with the one of the other model whose profile correlates most. Chance: the same after the
-    texts of one model are shuffled, among all texts ("any") or among those of one emotion ("same emotion").
+    texts of one model are shuffled, among all texts ("any") or among those of one emotion ("same_emotion").
 
-    Columns: dataset, first, second (models), emotion, features, value (median best correlation), any, same_emotion.
+    Columns: dataset, first, second (models), emotion, features, value (median best correlation), and of either chance
+    level the mean and, as any_high and same_emotion_high, the 95th percentile.
     """
     records = []
     models = list(dict.fromkeys(m for m, _ in learnt))
@@ -312,27 +397,20 @@ def match_table(learnt: Mapping[tuple[str, str], Learnt], settings: Settings) ->
             one, two = learnt[first, dataset], learnt[second, dataset]
             if one.row_ids != two.row_ids or one.labels != two.labels:
                 continue
-            (sets, _), (other_sets, _) = (causal_sets(x, settings.top) for x in (one, two))
+            tops = [top_units(causal_effects(x), settings.top) for x in (one, two)]
             rng = np.random.default_rng(settings.seed)
-            for emotion in one.labels:
-                mine, theirs = (_profiles(x, s[emotion]) for x, s in ((one, sets), (two, other_sets)))
+            for k, emotion in enumerate(one.labels):
+                mine, theirs = (x.effects_PEU[:, :, top[k]] for x, top in zip((one, two), tops, strict=True))
                 if not mine.shape[2] or not theirs.shape[2]:
                     continue
                 values = {"value": _best(mine, theirs)}
                 for name, strata_P in (("any", np.zeros(len(one.y_P))), ("same_emotion", one.y_P)):
                     drawn = [_best(mine[_within(strata_P, rng)], theirs) for _ in range(settings.shuffles)]
-                    values[name] = float(np.mean(drawn))
+                    values |= {name: float(np.mean(drawn)), f"{name}_high": float(np.quantile(drawn, 0.95))}
                 key = {"dataset": dataset, "first": first, "second": second, "emotion": emotion}
                 records.append(key | {"features": mine.shape[2]} | values)
-    columns = ["dataset", "first", "second", "emotion", "features", "value", "any", "same_emotion"]
-    return pd.DataFrame(records, columns=columns)
-
-
-def _profiles(found: Learnt, pairs: frozenset[tuple[int, int]]) -> Array:
-    """Effects of some units on every text and label, [P, E, K]."""
-    place = {tuple(pair): i for i, pair in enumerate(found.pairs.tolist())}
-    profiles_PEK: Array = found.effects_PEU[:, :, sorted(place[pair] for pair in pairs)]
-    return profiles_PEK
+    keys = ["dataset", "first", "second", "emotion", "features", "value"]
+    return pd.DataFrame(records, columns=[*keys, "any", "any_high", "same_emotion", "same_emotion_high"])
 
 
 def _within(strata_P: Array, rng: np.random.Generator) -> Array:
@@ -353,30 +431,42 @@ def _best(mine_PEK: Array, theirs_PEK: Array) -> float:
 
 
 def claims(table: pd.DataFrame) -> list[Claim]:
-    """C7 for every model and source: gains help on the other datasets, over no steering and over prior calibration."""
+    """C7 for every model: gains help on datasets they were not learnt on, on average over all pairs; and by source.
+
+    The whole rests on the means over all pairs; the sources alone stand beside them as further parts.
+    """
     made = []
-    for (model, source), here in table[table["target"] == "all others"].groupby(["model", "source"]):
-        rows, parts = here.set_index("versus"), []
-        for versus in VERSUS:
-            row = rows.loc[versus]
-            value, low, high = (float(row[x]) for x in ("value", "low", "high"))
-            verdict = repair.verdict_above(value, low, high, 0.0)
-            test = f"gains learnt on {source} raise macro-F1 {versus}, on average over the other datasets"
-            parts.append(Claim("C7", str(model), str(source), versus, value, low, high, "macro-F1", test, verdict))
-        first = parts[0]
+    for model, here in table[table["target"] == OTHERS].groupby("model", sort=False):
+        rows = {(row["source"], row["versus"]): row for _, row in here.iterrows()}
+        parts = [_claim(str(model), versus, rows[EVERY, versus], "") for versus in VERSUS]
+        sources = [s for s in dict.fromkeys(here["source"]) if s != EVERY]
+        by_source = [_claim(str(model), v, rows[s, v], s) for s in sources for v in VERSUS]
+        test = "gains help on other datasets: over no steering, over prior calibration, and calibrated too"
         whole = repair.all_of([part.verdict for part in parts])
-        test = "gains help on other datasets, over no steering, over prior calibration and on top of it"
-        made += [replace(first, part="", test=test, verdict=whole), *parts]
+        made += [replace(parts[0], part="", test=test, verdict=whole), *parts, *by_source]
     return made
 
 
+def _claim(model: str, versus: str, row: Any, source: str) -> Claim:
+    value, low, high = (float(row[x]) for x in ("value", "low", "high"))
+    verdict = repair.verdict_above(value, low, high, 0.0)
+    learnt = f"learnt on {source}" if source else "learnt on any dataset"
+    test = f"gains {learnt} raise macro-F1 {versus}, on average over the other datasets"
+    part = f"from {source}, {versus}" if source else versus
+    return Claim("C7", model, PAIRS, part, value, low, high, "macro-F1", test, verdict)
+
+
 def save(study: Study, settings: Settings, out_dir: Path) -> dict[str, pd.DataFrame]:
-    """Compute the chapter's tables, write each as parquet into `out_dir`, and return them by name; also the claims."""
+    """Compute the chapter's tables, write each as parquet into `out_dir`, and return them by name; also the claims.
+
+    In "predictions" and "metrics" the columns source ("" without steering) and target are datasets, as in "transfer".
+    """
+    datasets = {"target": "source", "dataset": "target"}
     transfer = transfer_table(transfer_samples(study.predictions, settings))
     tables = {
-        "predictions": study.predictions,
+        "predictions": study.predictions.rename(columns=datasets),
         "transfer": transfer,
-        "metrics": repair.metrics_table(study.predictions, settings.for_repair()),
+        "metrics": repair.metrics_table(study.predictions, settings.for_repair()).rename(columns=datasets),
         "overlap": overlap_table(study.learnt, settings),
         "matches": match_table(study.learnt, settings),
     }
@@ -386,3 +476,167 @@ def save(study: Study, settings: Settings, out_dir: Path) -> dict[str, pd.DataFr
     left_out = {"absent": list(study.absent), "notes": list(study.notes)}
     write_json(out_dir / "settings.json", asdict(settings) | left_out)
     return tables
+
+
+# The chapter's words. Every number, and every verdict on it, comes from the tables.
+
+
+def _number(row: Any, sign: str = "+") -> str:
+    # Without the sign of a zero.
+    value, low, high = (round(float(row[x]), 2) + 0.0 for x in ("value", "low", "high"))
+    return f"{value:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names as a phrase: a, b and c."""
+    names = list(names)
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def setting(study: Study, settings: Settings) -> str:
+    """What was learnt from what and asked of what, and what was left out, as short paragraphs."""
+    labels = {d: found.labels for (_, d), found in study.learnt.items()}
+    said = study.predictions[study.predictions["method"] == RAW]
+    asked = said[said["model"] == said["model"].iloc[0]].groupby("dataset", sort=False).size()
+    draws = f"{settings.draws} draws" if settings.draws > 1 else "one draw"
+    lines = [
+        f"Gains are learnt on {draws} of {settings.examples} examples per emotion of each of {len(labels)} datasets. "
+        f"Test texts: {', '.join(f'{d} {n}' for d, n in asked.items())}."
+    ]
+    for emotion in EMOTIONS:
+        lacking = [d for d, own in labels.items() if emotion not in own]
+        if lacking:
+            lines[0] += f" Without {emotion}: {_listed(lacking)}; no gain learnt there was shown that emotion."
+    for model in dict.fromkeys(m for m, _ in study.learnt):
+        mine = {d: found for (m, d), found in study.learnt.items() if m == model}
+        layers = len(np.unique(next(iter(mine.values())).pairs[:, 0]))
+        units = [s.n_units for found in mine.values() for s in found.steerings]
+        active = [len(found.pairs) for found in mine.values()]
+        lines.append(
+            f"**{model}**: {layers} layers with a dictionary; {_span(active)} features are active on the examples of a "
+            f"dataset, and {_span(units)} of them are turned up or down."
+        )
+    if study.absent:
+        lines.append(f"Not on this machine, so left out: {_listed(study.absent)}.")
+    return "\n\n".join([*lines, *(f"{note}." for note in study.notes)])
+
+
+def _span(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def transfer_finding(table: pd.DataFrame, model: str) -> str:
+    """One paragraph on what the gains of one model are worth elsewhere, and the verdict on C7."""
+    here = table[table["model"] == model]
+    whole = here[here["source"] == EVERY].set_index(["target", "versus"])
+    sources = [s for s in dict.fromkeys(here["source"]) if s != EVERY]
+    away, home, lost = (
+        _listed([f"{_number(whole.loc[(target, versus)])} {versus}" for versus in VERSUS])
+        for target in (OTHERS, SAME, LOST)
+    )
+    pairs = here[here["source"].isin(sources) & here["target"].isin(sources) & (here["source"] != here["target"])]
+    by_versus = [pairs[pairs["versus"] == versus] for versus in VERSUS]
+    above = _listed([str((rows["low"] > 0).sum()) for rows in by_versus])
+    below = _listed([str((rows["high"] < 0).sum()) for rows in by_versus])
+    text = (
+        f"**{model}**: on datasets they were not learnt on, gains change macro-F1 by, on average, {away}. In the same "
+        f"order, of {len(by_versus[0])} pairs {above} have their whole interval above zero, {below} below. On other "
+        f"texts of the dataset they were learnt on the change is {home}; what carries over differs from that by "
+        f"{lost}."
+    )
+    parts = [c for c in claims(here) if not c.part.startswith("from ")]
+    verdicts = "; ".join(f"{c.part}: {c.verdict}" for c in parts if c.part)
+    return f"{text} C7 is **{parts[0].verdict}** ({verdicts})."
+
+
+def _means(table: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    return table.groupby(list(keys), sort=False).mean(numeric_only=True)
+
+
+def overlap_finding(table: pd.DataFrame, model: str) -> str:
+    """One paragraph on how far datasets agree about causal features."""
+    here = table[table["model"] == model]
+    apart, halved = here[here["first"] != here["second"]], here[here["first"] == here["second"]]
+    if apart.empty:
+        return f"**{model}**: no two datasets have active features in common."
+    mean = apart.mean(numeric_only=True)
+    above, ranks = (apart["value"] > apart["shuffled_high"]).mean(), (apart["rank_correlation"] > apart["rank_high"])
+    text = (
+        f"**{model}**: the causal features of an emotion on two datasets overlap by {mean['value']:.2f} on average; "
+        f"random sets of as many features by {mean['chance']:.2f}, and with shuffled labels "
+        f"{mean['shuffled']:.2f}. The overlap exceeds 95 % of the shuffles in {above:.0%} of {len(apart)} comparisons "
+        f"(a pair of datasets and an emotion; by chance 5 % would). The effects of all features correlate by "
+        f"{mean['rank_correlation']:.2f}, beyond 95 % of the shuffles in {ranks.mean():.0%}."
+    )
+    by_emotion = _means(apart, ["emotion"])["value"]
+    if len(by_emotion) > 1:
+        text += (
+            f" Datasets agree most on {by_emotion.idxmax()} ({by_emotion.max():.2f}) and least on "
+            f"{by_emotion.idxmin()} ({by_emotion.min():.2f})."
+        )
+    if len(halved):
+        text += (
+            f" The halves of one dataset, each with half of the texts, agree by {halved['value'].mean():.2f} and "
+            f"correlate by {halved['rank_correlation'].mean():.2f}: the yardstick for differences between datasets."
+        )
+    return text
+
+
+def match_finding(table: pd.DataFrame) -> str:
+    """One paragraph for each pair of models on whether their features act alike."""
+    if table.empty:
+        return "One model alone has no other to be matched with; name two (`compare_with`)."
+    lines = []
+    for (first, second), here in table.groupby(["first", "second"], sort=False):
+        mean = here.mean(numeric_only=True)
+        any_text, same = ((here["value"] > here[c]).sum() for c in ("any_high", "same_emotion_high"))
+        lines.append(
+            f"**{first}** and **{second}**: the best partner of a causal feature correlates with it by "
+            f"{mean['value']:.2f} (median over features, mean over emotions and datasets). With all texts shuffled it "
+            f"is {mean['any']:.2f}; shuffled within each emotion, {mean['same_emotion']:.2f}. It exceeds 95 % of the "
+            f"former in {any_text} and of the latter in {same} of {len(here)} sets: "
+            + (
+                "beyond the emotion, features of the two models follow the same texts."
+                if same > len(here) / 2
+                else "what the two models share is, for the most part, no more than the emotion of the text."
+            )
+        )
+    return "\n\n".join(lines)
+
+
+def claim_view(table: pd.DataFrame) -> pd.DataFrame:
+    """The test of C7 to read: one row per model and source, one column per comparison, and the verdict on the whole."""
+    records = []
+    for one in claims(table):
+        if one.part:
+            source, _, versus = one.part.removeprefix("from ").rpartition(", ")
+            cell = f"{_number({'value': one.effect, 'low': one.low, 'high': one.high})}: {one.verdict}"
+            records.append({"model": one.model, "learnt on": source or EVERY, "versus": versus, "cell": cell})
+        else:
+            records.append({"model": one.model, "learnt on": EVERY, "versus": "C7", "cell": one.verdict})
+    shown = pd.DataFrame(records).pivot_table(
+        index=["model", "learnt on"], columns="versus", values="cell", aggfunc="first", sort=False
+    )
+    return shown[[*VERSUS, "C7"]].fillna("")
+
+
+def transfer_view(table: pd.DataFrame, versus: str) -> pd.DataFrame:
+    """Change of macro-F1 with intervals: one row per model and source, one column per target."""
+    here = table[(table["versus"] == versus) & (table["target"] != LOST) & (table["source"] != EVERY)]
+    cells = [_number(row) for _, row in here.iterrows()]
+    keys = ["model", "source"]
+    wide = here.assign(cell=cells).pivot_table(index=keys, columns="target", values="cell", aggfunc="first", sort=False)
+    return wide[list(dict.fromkeys(here["target"]))].fillna("")
+
+
+def overlap_view(table: pd.DataFrame) -> pd.DataFrame:
+    """Overlap beside its chance levels, rank correlation beside its own: means over emotions, per pair of datasets."""
+    columns = {
+        "value": "overlap",
+        "chance": "random sets",
+        "shuffled": "labels shuffled",
+        "rank_correlation": "correlation",
+        "rank_high": "95 % of shuffles",
+    }
+    return _means(table, ["model", "first", "second"])[list(columns)].rename(columns=columns)

@@ -16,6 +16,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from emosae_utils import repair
 from emosae_utils.causal import CROSS, NEUTRAL, SAME_EMOTION, here
@@ -1294,4 +1295,158 @@ def steering_turned(turned: pd.DataFrame, count: int = 12) -> Figure:
         ax.grid(axis="y", visible=False)
     for ax in grid[-1]:
         ax.set_xlabel("gain")
+    return figure
+
+
+# One colour and one marker per comparison, in every figure of the chapter on generalisation.
+VERSUS_STYLES = {
+    "over no steering": ("#0072B2", "o"),
+    "over prior calibration": ("#D55E00", "s"),
+    "on top of calibration": ("#009E73", "^"),
+}
+
+
+def generalisation_transfer(table: pd.DataFrame) -> Figure:
+    """Change of macro-F1 by source (row) and target (column), a panel per model (row) and comparison (column)."""
+    models = list(dict.fromkeys(table["model"]))
+    sources = [s for s in dict.fromkeys(table["source"]) if s in set(table["target"])]
+    pairs = table[table["source"].isin(sources) & table["target"].isin(sources)]
+    side = max(2.6, 0.47 * len(sources) + 0.9)
+    figure, grid = plt.subplots(
+        len(models), len(VERSUS_STYLES), figsize=(3 * side + 1.5, (side + 0.7) * len(models)),
+        sharex=True, sharey=True, squeeze=False,
+    )  # fmt: skip
+    # A few large changes must not wash out the rest.
+    bound = max(0.05, float(np.quantile(np.abs(pairs["value"]), 0.95)))
+    for i, model in enumerate(models):
+        for ax, versus in zip(grid[i], VERSUS_STYLES, strict=True):
+            here = pairs[(pairs["model"] == model) & (pairs["versus"] == versus)]
+            values, low, high = (
+                here.pivot_table(index="source", columns="target", values=v).reindex(index=sources, columns=sources)
+                for v in ("value", "low", "high")
+            )
+            clear = (low > 0) | (high < 0)
+            # Without the sign of a zero.
+            shown = values.round(2) + 0.0
+            words = shown.map("{:+.2f}".format).where(~clear, shown.map("{:+.2f}*".format))
+            style: dict[str, Any] = {"cmap": "vlag", "center": 0, "vmin": -bound, "vmax": bound, "square": True}
+            sns.heatmap(values, ax=ax, annot=words, fmt="", annot_kws={"size": 7.5}, cbar=False, **style)
+            for text, value in zip(ax.texts, values.to_numpy().ravel(), strict=True):
+                text.set_color("white" if abs(value) > 0.75 * bound else "#222222")
+            for k in range(len(sources)):
+                ax.add_patch(Rectangle((k, k), 1, 1, fill=False, edgecolor="#222222", lw=1.3, clip_on=False))
+            first = ax is grid[i][0]
+            ax.set_title(f"{model}\n{versus}" if first else versus, fontsize=10)
+            ax.set_xlabel("measured on" if i == len(models) - 1 else "")
+            ax.set_ylabel("learnt on" if first else "")
+            ax.grid(False)
+            ax.tick_params(axis="x", rotation=40)
+            ax.tick_params(axis="y", rotation=0)
+            plt.setp(ax.get_xticklabels(), ha="right", rotation_mode="anchor")
+    return figure
+
+
+def generalisation_means(table: pd.DataFrame) -> Figure:
+    """Mean change of macro-F1 on all other datasets, by source, and the change on the source itself as a tick."""
+    models = list(dict.fromkeys(table["model"]))
+    order = [s for s in dict.fromkeys(table["source"]) if s in set(table["target"])]
+    order += [s for s in dict.fromkeys(table["source"]) if s not in order]
+    figure, axes = plt.subplots(
+        1, len(models), figsize=(4.9 * len(models) + 0.6, 0.5 * len(order) + 1.5), sharex=True, sharey=True,
+        squeeze=False,
+    )  # fmt: skip
+    others = table[table["target"] == "all others"]
+    home = table[(table["target"] == table["source"]) | (table["target"] == "same dataset")]
+    for ax, model in zip(axes[0], models, strict=True):
+        for k, (versus, (colour, marker)) in enumerate(VERSUS_STYLES.items()):
+            line, same = (
+                t[(t["model"] == model) & (t["versus"] == versus)].set_index("source").loc[order]
+                for t in (others, home)
+            )
+            y = np.arange(len(order)) + (k - 1) * 0.23
+            error = [line["value"] - line["low"], line["high"] - line["value"]]
+            ax.errorbar(line["value"], y, xerr=error, fmt=marker, color=colour, ms=5, elinewidth=1.3, label=versus)
+            ax.plot(same["value"], y, ls="", marker="|", ms=9, mew=1.6, color=colour, alpha=0.6)
+        ax.plot([], [], ls="", marker="|", ms=9, mew=1.6, color="#777777", label="same dataset")
+        ax.axvline(0, color="#444444", lw=0.8)
+        # The mean over all sources stands apart.
+        ax.axhline(len(order) - 1.5, color="#999999", lw=0.8)
+        ax.set_yticks(range(len(order)), order)
+        ax.set_ylim(len(order) - 0.4, -0.6)
+        ax.grid(axis="y", visible=False)
+        ax.set_xlabel("change of macro-F1 on the other datasets")
+        ax.set_title(model)
+    axes[0][0].set_ylabel("learnt on")
+    _flow_legend(figure, [axes[0][0]])
+    return figure
+
+
+def _by_emotion(ax: Axes, table: pd.DataFrame, value: str, references: dict[str, tuple[str, str, str]]) -> None:
+    """Each comparison as a small dot and their mean as a large one, by emotion; references as ticks of their means."""
+    emotions = [e for e in COLOURS if e in set(table["emotion"])]
+    for y, emotion in enumerate(emotions):
+        here, colour = table[table["emotion"] == emotion], COLOURS[emotion]
+        spread = np.linspace(-0.16, 0.16, len(here)) if len(here) > 1 else np.zeros(1)
+        ax.plot(here[value], y + spread, ls="", marker=".", ms=4, color=colour, alpha=0.6)
+        ax.plot(here[value].mean(), y, ls="", marker=MARKERS[emotion], ms=8, color=colour, mec="white", mew=0.5)
+    means = table.groupby("emotion").mean(numeric_only=True).loc[emotions]
+    for column, (label, colour, dash) in references.items():
+        for y, x in enumerate(means[column]):
+            ax.plot([x, x], [y - 0.33, y + 0.33], color=colour, ls=dash, lw=1.8, label="" if y else label)
+    ax.set_yticks(range(len(emotions)), emotions)
+    ax.set_ylim(len(emotions) - 0.5, -0.5)
+    ax.grid(axis="y", visible=False)
+
+
+def generalisation_overlap(table: pd.DataFrame) -> Figure:
+    """Agreement of datasets on causal features: overlap and rank correlation by emotion, and overlap by pair."""
+    apart = table[table["first"] != table["second"]]
+    if apart.empty:
+        return _note("No two datasets have active features in common.")
+    models, datasets = list(dict.fromkeys(apart["model"])), list(dict.fromkeys([*table["first"], *table["second"]]))
+    side = 0.45 * len(datasets) + 0.6
+    figure, grid = plt.subplots(
+        len(models), 3, figsize=(8.6 + side, max(3.2, side) * len(models)), sharex="col", squeeze=False,
+        width_ratios=[3.9, 3.9, side],
+    )  # fmt: skip
+    chance = ("random sets", "#777777", ":")
+    for (left, middle, right), model in zip(grid, models, strict=True):
+        here = apart[apart["model"] == model]
+        shuffled = ("95 % of shuffled labels", "#222222", "-")
+        _by_emotion(left, here, "value", {"chance": chance, "shuffled_high": shuffled})
+        _by_emotion(middle, here, "rank_correlation", {"rank_high": shuffled})
+        middle.axvline(0, color="#444444", lw=0.8)
+        middle.tick_params(axis="y", labelleft=False)
+        left.set_title(f"{model}\noverlap (Jaccard)", fontsize=10)
+        middle.set_title("correlation of effects (ranks)", fontsize=10)
+        left.set_xlim(0, None)
+        values = pd.DataFrame(np.nan, index=datasets, columns=datasets)
+        own = table[table["model"] == model].groupby(["first", "second"])["value"].mean()
+        for (first, second), value in own.items():
+            values.loc[first, second] = values.loc[second, first] = value
+        _square(right, values, "overlap by pair", cmap="cividis", vmin=0)
+        plt.setp(right.get_xticklabels(), ha="right", rotation_mode="anchor")
+    for ax, label in zip(grid[-1], ("Jaccard overlap", "Spearman correlation", ""), strict=True):
+        ax.set_xlabel(label)
+    _flow_legend(figure, [grid[0][0]])
+    return figure
+
+
+def generalisation_matches(table: pd.DataFrame) -> Figure:
+    """Correlation of causal features with their best partners in the other model, by emotion, beside chance."""
+    if table.empty:
+        return _note("One model alone has no other to be matched with.")
+    pairs = list(dict.fromkeys(zip(table["first"], table["second"], strict=True)))
+    figure, axes = plt.subplots(1, len(pairs), figsize=(6.4 * len(pairs), 3.6), sharey=True, squeeze=False)
+    for ax, (first, second) in zip(axes[0], pairs, strict=True):
+        here = table[(table["first"] == first) & (table["second"] == second)]
+        chance = {
+            "any_high": ("95 %, all texts shuffled", "#777777", ":"),
+            "same_emotion_high": ("95 %, shuffled within emotions", "#222222", "-"),
+        }
+        _by_emotion(ax, here, "value", chance)
+        ax.set_xlim(0, 1)
+        ax.set_xlabel("correlation with the best partner (median)")
+        ax.set_title(f"{first} · {second}")
+    _flow_legend(figure, [axes[0][0]])
     return figure
