@@ -110,12 +110,14 @@ class Learnt:
     effects_PEU: Array
 
 
-def learn(lm: LM, rows: Rows, dictionaries: Mapping[int, Dictionary], neutral_MU: Array, settings: Settings) -> Learnt:
+def learn(
+    lm: LM, rows: Rows, dictionaries: Mapping[int, Dictionary], neutral: Mapping[str, Array], settings: Settings
+) -> Learnt:
     """Learn gains on every draw of examples, and read the effects of all active features on their texts."""
     wanted = settings.for_repair()
     # The source's own test texts are read with those of the other targets.
     bench = repair.set_up(lm, replace(rows, test=rows.test.groupby("emotion").head(1)), dictionaries, wanted)
-    learner = repair.gain_learner(bench, neutral_MU)
+    learner = repair.gain_learner(bench, neutral)
     steerings = [repair.fit_draw(bench, learner, settings.examples, draw, wanted) for draw in range(settings.draws)]
     shown = rows.pool.iloc[bench.at_P]
     return Learnt(
@@ -200,11 +202,11 @@ def run_study(
             notes.append(f"{model} has no dictionaries here; train them with `emosae train-saes --model {model}`")
             continue
         dictionaries = load_dictionaries(lm, saes, layers=list(layers) or have)
-        neutral_MU = repair.neutral_rows(lm, dictionaries, wanted)
+        neutral = repair.neutral_rows(lm, dictionaries, wanted, (GAIN,))
         # One basis for all, so that one sweep encodes each stream once.
         basis, own = steering.feature_basis(dictionaries), {}
         for rows in targets:
-            found = learn(lm, rows, dictionaries, neutral_MU, settings)
+            found = learn(lm, rows, dictionaries, neutral, settings)
             own[rows.dataset] = replace(found, steerings=tuple(replace(s, basis=basis) for s in found.steerings))
         said += [ask(lm, rows, own, dictionaries, settings) for rows in targets]
         # Gains and effects stay; the directions would keep every dictionary in memory.

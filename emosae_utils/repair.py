@@ -290,41 +290,67 @@ def _with_start(lm: LM, text: str) -> list[int]:
     return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
 
-def neutral_rows(lm: LM, dictionaries: Mapping[int, Dictionary], settings: Settings) -> Array:
-    """`steering.neutral_slopes` of every feature, in the order of `steering.all_units`; no rows without a weight."""
-    basis = steering.feature_basis(dictionaries)
-    units, caption = steering.all_units(basis), f"{lm.name}: neutral text"
-    if not settings.neutral_weight:
-        return np.zeros((0, len(units)))
-    ids = neutral_ids(lm, settings)
-    return steering.neutral_slopes(lm, ids, basis, units, dictionaries, samples=1, seed=settings.seed, progress=caption)
+def bases(dictionaries: Mapping[int, Dictionary], settings: Settings) -> dict[str, steering.Basis]:
+    """What the units of the methods that learn gains on features read and write.
 
-
-def gain_learner(bench: Bench, neutral_MU: Array) -> Learner:
-    """The gains of all features that are active on the pool; `neutral_MU` is from `neutral_rows`."""
-    dictionaries = bench.dictionaries
-    units, _ = active_units(dictionaries, bench.pool)
-    layers = sorted(dictionaries)
-    starts = np.cumsum([0, *(dictionaries[x].n_features for x in layers)])
-    own_MU = neutral_MU[:, starts[np.searchsorted(layers, units.layer_U)] + units.unit_U]
-    return _learner(bench, steering.feature_basis(dictionaries), units, own_MU, GAIN)
-
-
-def learners(bench: Bench, settings: Settings, neutral_MU: Array) -> dict[str, Learner]:
-    """The units of every method that learns gains; `neutral_MU` is from `neutral_rows`."""
-    dictionaries = bench.dictionaries
-    units, sizes = active_units(dictionaries, bench.pool)
-    layers, basis = sorted(dictionaries), steering.feature_basis(dictionaries)
-    active = {layer: units.unit_U[units.layer_U == layer] for layer in layers}
-    shuffled = steering.shuffled_basis(dictionaries, active, settings.seed)
-    # A fixed vector of each feature, as long as the feature's own contribution where it is active.
-    vectors = {x: bank.writes_KD * _tensor(sizes[x].astype(np.float32))[:, None] for x, bank in basis.items()}
-    additive = {x: steering.Bank(x, "norm", rows_KD) for x, rows_KD in vectors.items()}
+    Additive vectors still have length one here; see `learners`.
+    """
+    own = steering.feature_basis(dictionaries)
+    everything = {x: np.arange(d.n_features) for x, d in dictionaries.items()}
     return {
-        GAIN: gain_learner(bench, neutral_MU),
-        ADDITIVE: _learner(bench, additive, units, None, ADDITIVE),
-        RANDOM: _learner(bench, shuffled, units, None, RANDOM),
+        GAIN: own,
+        RANDOM: steering.shuffled_basis(dictionaries, everything, settings.seed),
+        ADDITIVE: {x: steering.Bank(x, "norm", bank.writes_KD) for x, bank in own.items()},
     }
+
+
+def neutral_rows(
+    lm: LM,
+    dictionaries: Mapping[int, Dictionary],
+    settings: Settings,
+    methods: Sequence[str] = (GAIN, RANDOM, ADDITIVE),
+) -> dict[str, Array]:
+    """`steering.neutral_slopes` by method, in the order of `steering.all_units`; no rows without a weight."""
+    wanted = {method: basis for method, basis in bases(dictionaries, settings).items() if method in methods}
+    if not settings.neutral_weight:
+        return {method: np.zeros((0, len(steering.all_units(basis)))) for method, basis in wanted.items()}
+    ids, caption = neutral_ids(lm, settings), f"{lm.name}: neutral text"
+    return steering.neutral_slopes(lm, ids, wanted, dictionaries, samples=1, seed=settings.seed, progress=caption)
+
+
+def _places(units: Units, basis: steering.Basis) -> Array:
+    """Where units stand among all units of a basis."""
+    layers = sorted(basis)
+    starts = np.cumsum([0, *(len(basis[x]) for x in layers)])
+    places_U: Array = starts[np.searchsorted(layers, units.layer_U)] + units.unit_U
+    return places_U
+
+
+def gain_learner(bench: Bench, neutral: Mapping[str, Array]) -> Learner:
+    """The gains of all features that are active on the pool; `neutral` is from `neutral_rows`."""
+    units, _ = active_units(bench.dictionaries, bench.pool)
+    basis = steering.feature_basis(bench.dictionaries)
+    return _learner(bench, basis, units, neutral[GAIN][:, _places(units, basis)], GAIN)
+
+
+def learners(bench: Bench, settings: Settings, neutral: Mapping[str, Array]) -> dict[str, Learner]:
+    """The units of every method that learns gains on features; `neutral` is from `neutral_rows`.
+
+    All of them have the active features as units and are held to leave plain text alone alike.
+    """
+    units, sizes = active_units(bench.dictionaries, bench.pool)
+    found = {GAIN: gain_learner(bench, neutral)}
+    for method, basis in bases(bench.dictionaries, settings).items():
+        if method == GAIN:
+            continue
+        rows_MU = neutral[method][:, _places(units, basis)]
+        if method == ADDITIVE:
+            # A fixed vector of each feature, as long as the feature's own contribution where it is active.
+            scaled = {x: _tensor(sizes[x].astype(np.float32))[:, None].to(b.writes_KD) for x, b in basis.items()}
+            basis = {x: replace(bank, writes_KD=bank.writes_KD * scaled[x]) for x, bank in basis.items()}
+            rows_MU = rows_MU * np.array([sizes[x][u] for x, u in zip(units.layer_U, units.unit_U, strict=True)])
+        found[method] = _learner(bench, basis, units, rows_MU, method)
+    return found
 
 
 def fit_of(bench: Bench, settings: Settings, n_units: int = 0) -> Fit:
@@ -519,11 +545,11 @@ class Measured:
 
 
 def measure(
-    lm: LM, rows: Rows, dictionaries: Mapping[int, Dictionary], neutral_MU: Array, settings: Settings
+    lm: LM, rows: Rows, dictionaries: Mapping[int, Dictionary], neutral: Mapping[str, Array], settings: Settings
 ) -> Measured:
     """Learn every steering and every baseline on every draw, and ask them all about the test texts."""
     bench = set_up(lm, rows, dictionaries, settings)
-    labels, learnt = rows.labels, learners(bench, settings, neutral_MU)
+    labels, learnt = rows.labels, learners(bench, settings, neutral)
     made: dict[tuple[str, int, int], Steering] = {}
     for_baselines = settings.baseline_examples or (settings.main_examples,)
     caption = f"{lm.name}: {rows.dataset}, learning gains"
@@ -1101,10 +1127,10 @@ def run_study(
             continue
         dictionaries = load_dictionaries(lm, saes, layers=list(layers) or have)
         own: dict[str, Measured] = {}
-        neutral_MU = neutral_rows(lm, dictionaries, settings)
+        neutral = neutral_rows(lm, dictionaries, settings)
         for frame in frames.values():
             rows = choose_rows(frame, settings)
-            own[rows.dataset] = measure(lm, rows, dictionaries, neutral_MU, settings)
+            own[rows.dataset] = measure(lm, rows, dictionaries, neutral, settings)
         effects.append(side_effects(lm, own, dictionaries, settings))
         first = next(iter(own.values())).steerings[GAIN, settings.main_examples, 0]
         samples.append(written(lm, first, dictionaries, PROMPTS, SAMPLE_TOKENS).assign(model=lm.name))

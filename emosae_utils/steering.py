@@ -641,23 +641,24 @@ def fit_gains(
 def neutral_slopes(
     lm: LM,
     ids: Sequence[Sequence[int]],
-    basis: Basis,
-    units: Units,
+    bases: Mapping[str, Basis],
     dictionaries: Mapping[int, Dictionary],
     *,
     samples: int = 2,
     seed: int = 0,
     progress: str = "",
-) -> Array:
-    """Rows [M, U] whose Gram matrix is the Fisher information of the gains on running text, per token.
+) -> dict[str, Array]:
+    """For each basis rows [M, U], over `all_units`, whose Gram matrix is the Fisher information of gains on plain text.
 
     If the gains change by theta, the KL divergence of the model's next-token distributions grows by
     1/2 |rows theta|^2 nats a token, to second order. A row is the slope of the log probability of tokens drawn from
     the model itself, for all positions of a text at once: draws at different positions are independent given the text,
-    so their cross terms vanish on average. Gains act at every position but the first.
+    so their cross terms vanish on average. Gains act at every position but the first. All bases share the passes.
     """
-    layers, rng, rows, n_tokens = sorted(basis), torch.Generator().manual_seed(seed), [], 0
-    blocks, index = decoder_layers(lm.hf), {x: torch.from_numpy(units.unit_U[units.layer_U == x]) for x in layers}
+    layers, rng, n_tokens = sorted({x for basis in bases.values() for x in basis}), torch.Generator(), 0
+    rng.manual_seed(seed)
+    rows: dict[str, list[Array]] = {name: [] for name in bases}
+    blocks = decoder_layers(lm.hf)
     for sequence in tqdm(ids, desc=progress, disable=_quiet(progress)):
         inputs = torch.tensor([list(sequence)], device=lm.device)
         leaves = {x: torch.zeros(1, len(sequence), lm.d_model, device=lm.device, requires_grad=True) for x in layers}
@@ -679,16 +680,22 @@ def neutral_slopes(
             for draw in range(samples):
                 drawn_S1 = torch.multinomial(p_SV.cpu(), 1, generator=rng).to(lm.device)
                 total = logp_SV.gather(1, drawn_S1).sum()
-                grads = torch.autograd.grad(total, [leaves[x] for x in layers], retain_graph=draw + 1 < samples)
-                row_U = np.empty(len(units))
-                for layer, grad in zip(layers, grads, strict=True):
-                    acts_SK = basis[layer].activations(streams[layer], dictionaries).detach()
-                    slopes_SK = grad[0, 1:].float() @ basis[layer].writes_KD.to(grad.device).T
-                    row_U[units.layer_U == layer] = (acts_SK * slopes_SK).sum(0).cpu()[index[layer]].numpy()
-                rows.append(row_U)
+                found = torch.autograd.grad(total, [leaves[x] for x in layers], retain_graph=draw + 1 < samples)
+                grads = {x: grad_1SD[0, 1:].float() for x, grad_1SD in zip(layers, found, strict=True)}
+                with torch.no_grad():
+                    for name, basis in bases.items():
+                        parts = [_gain_slopes(basis[x], streams[x], grads[x], dictionaries) for x in sorted(basis)]
+                        rows[name].append(torch.cat(parts).cpu().numpy())
         n_tokens += len(sequence) - 1
-    scaled_MU: Array = np.array(rows) / np.sqrt(samples * max(1, n_tokens))
-    return scaled_MU
+    return {name: np.array(part) / np.sqrt(samples * max(1, n_tokens)) for name, part in rows.items()}
+
+
+def _gain_slopes(
+    bank: Bank, stream_SD: torch.Tensor, grad_SD: torch.Tensor, dictionaries: Mapping[int, Dictionary]
+) -> torch.Tensor:
+    """Slope by each gain of what has the slopes `grad_SD` by the stream, summed over positions, [K]."""
+    acts_SK = bank.activations(stream_SD, dictionaries)
+    return (acts_SK * (grad_SD @ bank.writes_KD.to(grad_SD).T)).sum(dim=0)
 
 
 @contextmanager

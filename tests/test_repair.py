@@ -486,8 +486,8 @@ def test_the_weakest_emotion_is_that_of_the_lowest_recall(bench: Bench) -> None:
 
 @pytest.fixture(scope="module")
 def measured(small: tuple[LM, dict[int, Dictionary]], small_rows: Rows) -> Measured:
-    neutral_MU = repair.neutral_rows(small[0], small[1], SMALL)
-    return repair.measure(small[0], small_rows, small[1], neutral_MU, SMALL)
+    neutral = repair.neutral_rows(small[0], small[1], SMALL)
+    return repair.measure(small[0], small_rows, small[1], neutral, SMALL)
 
 
 def test_every_method_answers_the_test_texts_and_learns_from_others(

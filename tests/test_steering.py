@@ -437,7 +437,7 @@ def test_predicted_kl_is_the_measured_one_where_steering_is_weak(tiny: Callable[
     found = {x: sparse(lm, x) for x in (1, 2)}
     basis, ids = feature_basis(found), sequences(lm, 5, 16)
     units = all_units(basis)
-    rows_MU = neutral_slopes(lm, ids, basis, units, found, samples=12)
+    rows_MU = neutral_slopes(lm, ids, {"own": basis}, found, samples=12)["own"]
     assert rows_MU.shape == (5 * 12, len(units))
     rng, ratios = np.random.default_rng(0), []
     for _ in range(3):
@@ -448,8 +448,11 @@ def test_predicted_kl_is_the_measured_one_where_steering_is_weak(tiny: Callable[
         assert measured > 1e-5
         ratios.append(predicted / measured)
     assert min(ratios) > 0.6 and max(ratios) < 1.6, ratios
-    again_MU = neutral_slopes(lm, ids[:1], basis, units, found, samples=1, seed=3)
-    np.testing.assert_array_equal(again_MU, neutral_slopes(lm, ids[:1], basis, units, found, samples=1, seed=3))
+    fixed = {x: Bank(x, "norm", bank.writes_KD) for x, bank in basis.items()}
+    both = neutral_slopes(lm, ids[:1], {"own": basis, "fixed": fixed}, found, samples=1, seed=3)
+    alone_MU = neutral_slopes(lm, ids[:1], {"own": basis}, found, samples=1, seed=3)["own"]
+    np.testing.assert_array_equal(both["own"], alone_MU)
+    assert not np.allclose(both["fixed"], alone_MU)
 
 
 def hooked(lm: LM, one: Steering, found: dict[int, Dictionary], ids: list[int], first: int) -> torch.Tensor:
