@@ -852,7 +852,9 @@ def tracing_recovery(tables: Tables, models: Sequence[str]) -> Figure:
     for ax in grid[-1]:
         ax.set_xlabel("features ablated together")
     handles, names = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=9)
+    figure.legend(
+        handles, names, loc="outside lower center", ncols=min(len(names), 3 * len(models)), frameon=False, fontsize=9
+    )
     return figure
 
 
@@ -899,7 +901,12 @@ def tracing_phases(tables: Tables, models: Sequence[str]) -> Figure:
     # An emotion may have members in one panel only.
     found = {n: h for ax in grid.ravel() for h, n in zip(*ax.get_legend_handles_labels(), strict=True)}
     if found:
-        place: dict[str, Any] = {"loc": "outside lower center", "ncols": len(found), "frameon": False, "fontsize": 9}
+        place: dict[str, Any] = {
+            "loc": "outside lower center",
+            "ncols": min(len(found), 3 * len(models)),
+            "frameon": False,
+            "fontsize": 9,
+        }
         figure.legend(list(found.values()), list(found), **place)
     return figure
 
@@ -920,7 +927,9 @@ def tracing_layers(tables: Tables, models: Sequence[str]) -> Figure:
     grid[0][0].set_ylabel("sum of |effects|,\nall features (nats)")
     grid[1][0].set_ylabel("sum of contrasts,\nemotion sets (nats)")
     handles, names = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=9)
+    figure.legend(
+        handles, names, loc="outside lower center", ncols=min(len(names), 3 * len(models)), frameon=False, fontsize=9
+    )
     return figure
 
 
