@@ -99,7 +99,7 @@ class Settings:
     few_shot_examples: Sequence[int] = (1, 5)
     few_shot_draws: int = 2
     few_shot_rows_per_emotion: int = 12
-    sequences: int = 8
+    sequences: int = 24
     sequence_tokens: int = 128
     every: int = 2
     bootstraps: int = 1000
