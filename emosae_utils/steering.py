@@ -27,17 +27,17 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.optimize import minimize
+from scipy.special import logsumexp, softmax
 from tqdm import tqdm
 
 from emosae_utils.files import EmosaeError, atomic_folder, check_manifest, read_json, write_json, write_manifest
 from emosae_utils.models import LM, decoder_layers
 from emosae_utils.saes import Dictionary
 from emosae_utils.scoring import FloatArray, Prompts, _quiet
-from emosae_utils.tracing import _Clean, _suffix_attention, _Tracer, _tracer
+from emosae_utils.tracing import _Clean, _shared_prefix_mode, _Tracer, _tracer
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Read = Literal["feature", "projection", "norm"]
-_ATTENTION = "emosae_steered"
 # Rows of prompts in one pass: enough to keep the matrix products busy.
 BATCH_ROWS = 192
 
@@ -187,44 +187,6 @@ def prepare(lm: LM, prompts: Prompts, *, progress: str = "") -> Prepared:
     )
 
 
-@contextmanager
-def _grouped(tracer: _Tracer) -> Iterator[None]:
-    """Run the model's blocks on rows of several prompts, each attending to the prefix of its own."""
-    from transformers import AttentionInterface
-
-    def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, suffix: Any = None, **options: Any) -> Any:
-        parts, at = [], 0
-        for own, width in suffix:
-            q, k, v = (x[:, :, at : at + width] for x in (query, key, value))
-            parts.append(_suffix_attention(module, q, k, v, mask, suffix=own, **options)[0])
-            at += width
-        return torch.cat(parts, dim=1), None
-
-    AttentionInterface.register(_ATTENTION, attention)
-    config = decoder_layers(tracer.lm.hf)[0].self_attn.config
-    before = config._attn_implementation
-    config._attn_implementation = _ATTENTION
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-
-
-def _block(tracer: _Tracer, layer: int, rows_RSD: torch.Tensor, cleans: Sequence[_Clean], each: int) -> torch.Tensor:
-    """Rows through one block, `each` of every prompt, in the order of the prompts."""
-    n_rows, n_pos, width = rows_RSD.shape
-    turns = [tuple(x.repeat(1, each, 1) for x in clean.rotary[layer]) for clean in cleans]
-    rotary = tuple(torch.cat(parts, dim=1) for parts in zip(*turns, strict=True))
-    out = decoder_layers(tracer.lm.hf)[layer](
-        rows_RSD.reshape(1, n_rows * n_pos, width),
-        position_embeddings=rotary,
-        attention_mask=None,
-        past_key_values=None,
-        suffix=[(clean.suffix, each * n_pos) for clean in cleans],
-    )
-    return out.view(n_rows, n_pos, width)
-
-
 def _batches(cleans: Sequence[_Clean], each: int) -> Iterator[Sequence[_Clean]]:
     size = max(1, BATCH_ROWS // each)
     for start in range(0, len(cleans), size):
@@ -273,11 +235,11 @@ def steered_scores(
     tracer, n, first = ready.tracer, len(steerings), min(plan, default=0)
     found = []
     for cleans in _batches(ready.clean, n):
-        with _grouped(tracer):
+        with _shared_prefix_mode(tracer.lm):
             # Prompt by prompt, the steerings in their order.
             rows_XSD = torch.cat([clean.after(first)[None].repeat(n, 1, 1) for clean in cleans])
             for layer in range(first, tracer.lm.n_layers):
-                rows_XSD = _block(tracer, layer, rows_XSD, cleans, n) if layer > first else rows_XSD
+                rows_XSD = tracer.block(layer, rows_XSD, *cleans) if layer > first else rows_XSD
                 for bank, rows, less_one_RK in plan.get(layer, ()):
                     at_X = (torch.arange(len(cleans))[:, None] * n + rows).ravel()
                     acts_XK = bank.activations(rows_XSD[at_X, 0], dictionaries)
@@ -396,10 +358,10 @@ def tangent(
             .requires_grad_()
             for layer in layers
         }
-        with _grouped(tracer), torch.enable_grad():
+        with _shared_prefix_mode(tracer.lm), torch.enable_grad():
             rows_XSD = torch.cat([clean.after(layers[0])[None].repeat(n, 1, 1) for clean in cleans])
             for layer in range(layers[0], tracer.lm.n_layers):
-                rows_XSD = _block(tracer, layer, rows_XSD, cleans, n) if layer > layers[0] else rows_XSD
+                rows_XSD = tracer.block(layer, rows_XSD, *cleans) if layer > layers[0] else rows_XSD
                 if layer in leaves:
                     acts_XK = basis[layer].activations(rows_XSD[:, 0], dictionaries)
                     moved_XD = rows_XSD[:, 0] + basis[layer].moves(leaves[layer] * acts_XK).to(rows_XSD.dtype)
@@ -462,12 +424,6 @@ class Problem:
     neutral_MU: Array
 
 
-def _log_sum_exp(z_XE: Array) -> Array:
-    top_X1 = z_XE.max(axis=1, keepdims=True)
-    total: Array = np.log(np.exp(z_XE - top_X1).sum(axis=1, keepdims=True)) + top_X1
-    return total[:, 0]
-
-
 def solve(problem: Problem, penalty: float, neutral_weight: float = 0.0, start_U: Array | None = None) -> Array:
     """The gains less one, [U], that minimise, on the tangent, cross-entropy + penalty/2 |theta|^2 + neutral_weight KL.
 
@@ -480,7 +436,7 @@ def solve(problem: Problem, penalty: float, neutral_weight: float = 0.0, start_U
 
     def loss(theta_U: Array) -> tuple[float, Array]:
         z_XE = problem.offset_XE + (rows_NU @ theta_U).reshape(shape)
-        logsum_X = _log_sum_exp(z_XE)
+        logsum_X = logsumexp(z_XE, axis=1)
         p_XE = np.exp(z_XE - logsum_X[:, None])
         value = float((weight_X1[:, 0] * logsum_X).sum() - (target_XE * z_XE).sum())
         slope_U = rows_NU.T @ (weight_X1 * p_XE - target_XE).ravel() + penalty * theta_U
@@ -503,7 +459,7 @@ def _take(first: Tangent, rows_P: Array, keep_U: Array) -> Tangent:
 
 def _loss(scores_XE: Array, target_XE: Array) -> float:
     """Weighted cross-entropy, nats."""
-    return float((target_XE.sum(axis=1) * _log_sum_exp(scores_XE)).sum() - (target_XE * scores_XE).sum())
+    return float((target_XE.sum(axis=1) * logsumexp(scores_XE, axis=1)).sum() - (target_XE * scores_XE).sum())
 
 
 def targets(y_P: Array, n_labels: int, n_free: int, free_weight: float) -> Array:
@@ -516,7 +472,7 @@ def targets(y_P: Array, n_labels: int, n_free: int, free_weight: float) -> Array
 def loss_slopes(first: Tangent, target_PE: Array) -> Array:
     """How fast the loss on some prompts falls as each gain rises, [U], nats: the ranking by which units are kept."""
     z_PE = first.scores_PE
-    p_PE = np.exp(z_PE - _log_sum_exp(z_PE)[:, None])
+    p_PE = softmax(z_PE, axis=1)
     pull_PE = target_PE - target_PE.sum(axis=1, keepdims=True) * p_PE
     slopes_U: Array = np.einsum("pe,peu->u", pull_PE, first.slopes_PEU)
     return slopes_U
@@ -889,10 +845,10 @@ def _low_rank_scores(ready: Prepared, change: LowRank, cleans: Sequence[_Clean])
 
     handle = matrix.register_forward_hook(hook)
     try:
-        with _grouped(tracer):
+        with _shared_prefix_mode(tracer.lm):
             rows_PSD = torch.stack([clean.after(change.layer - 1) for clean in cleans])
             for layer in range(change.layer, tracer.lm.n_layers):
-                rows_PSD = _block(tracer, layer, rows_PSD, cleans, 1)
+                rows_PSD = tracer.block(layer, rows_PSD, *cleans)
     finally:
         handle.remove()
     return tracer.label_scores(rows_PSD)

@@ -32,15 +32,17 @@ import torch
 from tqdm import tqdm
 
 from emosae_utils.files import EmosaeError, pick
-from emosae_utils.models import DTYPES, LM, decoder_layers, free_memory
+from emosae_utils.models import DTYPES, LM, decoder_layers, final_norm, free_memory, writer_names
 from emosae_utils.saes import Dictionary
 from emosae_utils.scoring import (
     MIN_SHARED_TOKENS,
     FloatArray,
     Prompts,
     _quiet,
+    capped,
     first_tokens_differ,
     gold_logit_difference,
+    label_differences,
     read_out,
     shared_prefix,
 )
@@ -53,15 +55,8 @@ Edit = tuple[int, int | str, str, Any]
 # The residual stream after a block, and what its attention and its feed-forward layer add to the stream.
 SITES = ("residual", "attention", "ffn")
 OPERATIONS = ("zero", "set", "mean", "patch", "scale", "add")
-# Which modules write what attention and feed-forward layers add, by model type: Gemma normalises it first.
-FAMILIES: dict[str, tuple[str, str]] = {
-    "llama": ("self_attn", "mlp"),
-    "mistral": ("self_attn", "mlp"),
-    "qwen2": ("self_attn", "mlp"),
-    "qwen3": ("self_attn", "mlp"),
-    "gemma2": ("post_attention_layernorm", "post_feedforward_layernorm"),
-    "gemma3_text": ("post_attention_layernorm", "post_feedforward_layernorm"),
-}
+# Model types whose blocks the engine is tested on.
+FAMILIES: tuple[str, ...] = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 # Rows per sweep: enough to keep the matrix products busy, few enough to stay in the processor's cache.
 BATCH_ROWS = 512
 # Rows of the whole vocabulary held at a time.
@@ -179,20 +174,10 @@ class _Change:
         return np.asarray(self.shift[p])
 
 
-def _family(lm: LM) -> tuple[str, str]:
-    """Names of the modules of a block that write to the stream.
-
-    Raises:
-        EmosaeError: for a family whose block layout is not known here.
-    """
+def _check_model(lm: LM, prompts: Prompts, dictionaries: Mapping[int, Dictionary], dtype: str) -> None:
     kind = str(lm.hf.config.get_text_config().model_type)
     if kind not in FAMILIES:
         raise EmosaeError(f"{lm.name} is of type {kind!r}, whose blocks tracing does not know: {', '.join(FAMILIES)}")
-    return FAMILIES[kind]
-
-
-def _check_model(lm: LM, prompts: Prompts, dictionaries: Mapping[int, Dictionary], dtype: str) -> None:
-    _family(lm)
     pick("dtype", dtype, DTYPES)
     if not len(prompts):
         raise EmosaeError("there are no prompts to trace")
@@ -300,19 +285,17 @@ def _resolve(
     open_ = {(c.layer, c.site) for row in rows for c in row if c.shift is None}
     if not open_:
         return rows
-    layers = sorted({layer for layer, site in open_ if site in ("feature", "residual")})
+    layers = sorted({layer for layer, _ in open_})
+    parts = any(site in ("attention", "ffn") for _, site in open_)
+    read = read_out(lm, prompts, layers=layers, mode="first", parts=parts)
+    by_site = {"residual": read.resid_PLD, "feature": read.resid_PLD, "attention": read.attn_PLD, "ffn": read.ffn_PLD}
     found: dict[tuple[int, str], Array] = {}
-    if layers:
-        resid_PLD = read_out(lm, prompts, layers=layers, mode="first").resid_PLD
-        assert resid_PLD is not None
-        for layer, site in open_:
-            if site == "residual":
-                found[layer, site] = resid_PLD[:, layers.index(layer)]
-            elif site == "feature":
-                x_PD = torch.from_numpy(resid_PLD[:, layers.index(layer)].copy())
-                found[layer, site] = dictionaries[layer].encode(x_PD).cpu().numpy()
-    for layer, site in open_ - set(found):
-        found[layer, site] = _read_writes(lm, prompts, layer, site)
+    for layer, site in open_:
+        x_PLD = by_site[site]
+        assert x_PLD is not None
+        found[layer, site] = x_PLD[:, layers.index(layer)]
+        if site == "feature":
+            found[layer, site] = dictionaries[layer].encode(torch.from_numpy(found[layer, site].copy())).cpu().numpy()
 
     def filled(change: _Change) -> _Change:
         if change.shift is not None:
@@ -328,22 +311,6 @@ def _resolve(
 def _writer(block: Any, family: tuple[str, str], site: str) -> Any:
     """The module of a block, or of its nnsight mirror, that writes what attention or the FFN adds to the stream."""
     return getattr(block, family[0] if site == "attention" else family[1])
-
-
-@torch.no_grad()
-def _read_writes(lm: LM, prompts: Prompts, layer: int, site: str) -> Array:
-    """What a block's attention or FFN adds to the stream at the read-out position, [prompts, d_model]."""
-    module = _writer(decoder_layers(lm.nn)[layer], _family(lm), site)
-    rows = []
-    for ids in prompts.ids:
-        inputs = torch.tensor([list(ids)], device=lm.device)
-        with lm.nn.trace(
-            {"input_ids": inputs, "attention_mask": torch.ones_like(inputs)}, use_cache=False, logits_to_keep=1
-        ):
-            out = module.output
-            written_D = (out[0] if isinstance(out, tuple) else out)[0, -1].save()
-        rows.append(written_D.float().cpu().numpy())
-    return np.array(rows)
 
 
 @dataclass(frozen=True)
@@ -388,30 +355,47 @@ def _suffix_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
-    suffix: _Suffix | None = None,
+    suffix: Sequence[tuple[_Suffix, int]] = (),
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of rows that share a prefix and do not see each other.
+    """Attention of rows of several prompts: those of one share its prefix, and no row sees another.
 
     Args:
         module: the attention module.
-        query: [1, heads, rows * S, head]; the S positions of a row stand together.
+        query: [1, heads, rows * S, head]; the S positions of a row stand together, and the rows of a prompt.
         key: of the suffix itself, [1, kv heads, rows * S, head].
         value: as `key`.
         attention_mask: not used; the suffix knows what it sees.
-        scaling: of the scores; head ** -0.5 if None.
-        softcap: the bound of the scores, if the model has one.
-        sliding_window: how many positions back a layer sees, itself included; all if None.
-        suffix: prefix keys and values.
+        suffix: keys and values of each prompt's prefix, and how many positions its rows have in all.
         options: whatever else a model hands to its attention.
 
     Returns:
         [1, rows * S, heads, head], as transformers wants it.
     """
-    assert suffix is not None
+    parts = (
+        torch.split(query, [n for _, n in suffix], dim=2),
+        *(torch.split(x, [n for _, n in suffix], dim=2) for x in (key, value)),
+    )
+    made = [_attend(module, q, k, v, own, **options) for q, k, v, (own, _) in zip(*parts, suffix, strict=True)]
+    return torch.cat(made, dim=1), None
+
+
+def _attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    suffix: _Suffix,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """Attention of rows that share a prefix and do not see each other, [1, rows * S, heads, head].
+
+    `scaling` is of the scores, head ** -0.5 if None; `softcap` their bound, if the model has one; `sliding_window` how
+    many positions back a layer sees, itself included, all if None.
+    """
     prefix_KPH, values_KPH = suffix.keys[module.layer_idx], suffix.values[module.layer_idx]
     n_kv, n_past, width = prefix_KPH.shape
     n_pos = len(suffix.tree.tokens)
@@ -432,7 +416,7 @@ def _suffix_attention(
     past_KGRSP, own_KGRST = weights_KGRSX[..., :n_past], weights_KGRSX[..., n_past:]
     out_KGRSH = (past_KGRSP.reshape(n_kv, -1, n_past) @ values_KPH).view(*shape, width)
     out_KGRSH = out_KGRSH + (own_KGRST * v_KGRSH if n_pos == 1 else own_KGRST @ v_KGRSH)
-    return out_KGRSH.view(query.shape[1], query.shape[2], width).transpose(0, 1)[None], None
+    return out_KGRSH.view(query.shape[1], query.shape[2], width).transpose(0, 1)[None]
 
 
 def _hidden(tree: _Tree, n_past: int, sliding_window: int | None) -> torch.Tensor | None:
@@ -547,7 +531,7 @@ class _Tracer:
                     },
                     use_cache=False,
                     logits_to_keep=1,
-                    suffix=suffix,
+                    suffix=[(suffix, len(self.tree.tokens))],
                 ) as trace,
             ):
                 streams, rotary = [blocks[0].input[0]], []
@@ -560,44 +544,36 @@ class _Tracer:
                 trace.stop()
         return _Clean(stream_LSD, tuple(rotary), suffix)
 
-    def block(self, layer: int, rows_RSD: torch.Tensor, clean: _Clean) -> torch.Tensor:
-        """Rows of suffixes through one block."""
+    def block(self, layer: int, rows_RSD: torch.Tensor, *cleans: _Clean) -> torch.Tensor:
+        """Rows of suffixes through one block: equally many of each prompt, prompt by prompt."""
         n_rows, n_pos, width = rows_RSD.shape
-        cos, sin = clean.rotary[layer]
-        if n_pos > 1:
-            cos, sin = cos.repeat(1, n_rows, 1), sin.repeat(1, n_rows, 1)
+        each = n_rows // len(cleans)
+        turns = [[x.repeat(1, each, 1) for x in clean.rotary[layer]] for clean in cleans]
+        cos, sin = (torch.cat(parts, dim=1) for parts in zip(*turns, strict=True))
         out = decoder_layers(self.lm.hf)[layer](
             rows_RSD.reshape(1, n_rows * n_pos, width),
             position_embeddings=(cos, sin),
             attention_mask=None,
             past_key_values=None,
-            suffix=clean.suffix,
+            suffix=[(clean.suffix, each * n_pos) for clean in cleans],
         )
         return out.view(n_rows, n_pos, width)
 
     def label_scores(self, rows_RSD: torch.Tensor) -> torch.Tensor:
         """Label scores of streams after the last block, [R, E], nats; float64."""
-        first = [ids[0] for ids in self.prompts.label_ids]
-        norm, head = self.lm.hf.get_decoder().norm, self.lm.hf.get_output_embeddings()
         if self.scores == "difference":
-            rows_E = torch.tensor(first, device=self.lm.device)
-            bias_E = None if head.bias is None else head.bias[rows_E]
-            logits_RE = torch.nn.functional.linear(norm(rows_RSD[:, 0]), head.weight[rows_E], bias_E)
-            scores_RE = self._capped(logits_RE).double()
-            return scores_RE - scores_RE.mean(dim=1, keepdim=True)
+            return label_differences(self.lm, rows_RSD[:, 0], self.prompts.label_ids)
+        norm, head = final_norm(self.lm), self.lm.hf.get_output_embeddings()
+        first = [ids[0] for ids in self.prompts.label_ids]
         parts = []
         size = max(1, _VOCABULARY_ROWS // rows_RSD.shape[1])
         for start in range(0, len(rows_RSD), size):
-            logits_RSV = self._capped(head(norm(rows_RSD[start : start + size])))
+            logits_RSV = capped(self.lm, head(norm(rows_RSD[start : start + size])))
             logp_RSV = torch.log_softmax(logits_RSV.float(), dim=-1)
             parts.append(logp_RSV[:, 0, first].double())
             for position, label, token in self.tree.targets:
                 parts[-1][:, label] += logp_RSV[:, position, token].double()
         return torch.cat(parts)
-
-    def _capped(self, logits: torch.Tensor) -> torch.Tensor:
-        cap = getattr(self.lm.hf.config.get_text_config(), "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def _extended(lm: LM, past: Any, ids: Sequence[int]) -> Any:
@@ -719,7 +695,7 @@ def _run_rows(
     p: int,
 ) -> torch.Tensor:
     """Streams after the last block, [R, S, D]. Rows are in ascending order of `start_R`."""
-    family, blocks = _family(tracer.lm), decoder_layers(tracer.lm.hf)
+    family, blocks = writer_names(tracer.lm), decoder_layers(tracer.lm.hf)
     touched_R = np.zeros(plan.n_rows, dtype=bool)
     for row, change in plan.streams:
         touched_R[row] |= change.layer == start_R[row]
@@ -1236,7 +1212,7 @@ def _traced_logits(
     lm: LM, ids: Sequence[int], at: int, p: int, row: Sequence[_Change], dictionaries: Mapping[int, Dictionary]
 ) -> torch.Tensor:
     """Logits from position `at` on, [S, vocabulary], of one trace with the edits of `row` at that position."""
-    blocks, family = decoder_layers(lm.nn), _family(lm)
+    blocks, family = decoder_layers(lm.nn), writer_names(lm)
     inputs = torch.tensor([list(ids)], device=lm.device)
     with lm.nn.trace(
         {"input_ids": inputs, "attention_mask": torch.ones_like(inputs)},
